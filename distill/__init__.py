@@ -1,0 +1,1 @@
+"""Shared core of teachers and students, and the entry point `distill/run.py`."""

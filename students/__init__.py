@@ -1,0 +1,1 @@
+"""Everything that loads, trains, saves and samples a student."""

@@ -1,0 +1,1 @@
+"""Everything that loads, shards, samples and serves a teacher."""
