@@ -1,0 +1,216 @@
+"""What fits on which GPUs and how long it takes, by arithmetic. Bytes, seconds and tokens; GB is 1e9 bytes.
+
+Everything here is a count or an assumption. The assumptions are the constants below, with where they come from; a plan
+prints them. They are meant to be right within a factor of two: enough to choose a machine, not to bill by.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+
+from distill.config import Geometry, Train
+from distill.geometry import (
+    cache_bytes_per_token,
+    forward_flops,
+    head_dim,
+    is_mla,
+    kv_heads,
+    layer_parameters,
+    parameters,
+    train_flops,
+)
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU as its data sheet has it: dense peak without sparsity; memory that a process can count on."""
+
+    name: str
+    memory_bytes: float
+    bf16_flops: float
+    fp32_flops: float
+    hbm_bytes_per_s: float
+
+    def peak(self, element_bytes: int) -> float:
+        return self.bf16_flops if element_bytes == 2 else self.fp32_flops
+
+
+GPUS = {
+    "h100": Gpu("h100", 80 * GB, 989e12, 67e12, 3.35e12),
+    "h200": Gpu("h200", 141 * GB, 989e12, 67e12, 4.8e12),
+    "a100": Gpu("a100", 80 * GB, 312e12, 19.5e12, 2.04e12),
+    "l40s": Gpu("l40s", 44 * GB, 362e12, 91.6e12, 0.864e12),
+    "b200": Gpu("b200", 180 * GB, 2250e12, 75e12, 8.0e12),
+}
+
+TRAIN_MFU = 0.35
+TRAIN_MFU_NODES = 0.30
+SCORE_MFU = 0.27
+DECODE_SHARE = 0.5
+LAYER_SYNC_S = 50e-6
+LAYER_SYNC_NODES_S = 150e-6
+SAMPLE_WORKSPACE_BYTES = 5 * GB
+TRAIN_RUNTIME_BYTES = 2 * GB
+BUCKET_ELEMENTS = 5e8
+CHUNK_TOKENS = 4096
+
+ASSUMED = (
+    f"training runs at {TRAIN_MFU:.0%} of peak within a node (34-41 % measured on one H100: 1.7B and 4B students, "
+    f"8192 tokens, recomputed activations) and {TRAIN_MFU_NODES:.0%} beyond (not measured)",
+    f"scoring and prefill run at {SCORE_MFU:.0%} of peak (measured on one H100 with a 15.8B mixture of experts)",
+    f"decoding reaches {DECODE_SHARE:.0%} of the speed at which weights and cache can be read (vLLM on one H100, "
+    "that model: 74 % at batch 64, 50 % at batch 256)",
+    f"a layer synchronises in {LAYER_SYNC_S * 1e6:.0f} us within a node, {LAYER_SYNC_NODES_S * 1e6:.0f} us beyond "
+    "(not measured)",
+    f"workspace is {SAMPLE_WORKSPACE_BYTES / GB:.0f} GB for sampling; {TRAIN_RUNTIME_BYTES / GB:.0f} GB and two "
+    f"buckets of {BUCKET_ELEMENTS:.0e} elements for training; logits in chunks of {CHUNK_TOKENS} tokens in float32",
+)
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+
+def train_memory(g: Geometry, train: Train, gpus: int) -> dict[str, float]:
+    """Bytes on each of `gpus` data-parallel GPUs, by what they hold. Never more with more GPUs.
+
+    AdamW in bfloat16 takes 2 weights + 2 gradients + 12 (float32 master, two moments) = 16 bytes a parameter, in
+    float32 4 + 4 + 8 = 16 too; ZeRO divides the optimizer (1), gradients (2) and weights (3) by the number of GPUs.
+    """
+    count, element = parameters(g).total, element_bytes(train.dtype)
+    optimizer = {2: 12, 4: 8}[element]
+    share = [gpus if train.zero_stage >= stage else 1 for stage in (3, 2, 1)]
+    gathered = 2 * max(layer_parameters(g), g.vocab_size * g.hidden_size) if train.zero_stage == 3 else 0
+    return {
+        "weights": count * element / share[0],
+        "gradients": count * element / share[1],
+        "optimizer": count * optimizer / share[2] if train.offload == "none" else 0.0,
+        "activations": activation_bytes(g, train.micro_batch_tokens, train.activation_checkpointing, element),
+        "logits chunk": 4.0 * min(CHUNK_TOKENS, train.micro_batch_tokens) * g.vocab_size,
+        "gathered layers": float(gathered * element),
+        "workspace": TRAIN_RUNTIME_BYTES + 2 * min(BUCKET_ELEMENTS, count) * element,
+    }
+
+
+def activation_bytes(g: Geometry, tokens: int, checkpointing: bool, element: int = 2) -> float:
+    """What the backward pass needs of `tokens`: every layer's tensors, or every layer's input and one layer's tensors.
+
+    A layer keeps two norm inputs and outputs (4 h), queries and the attention's output, keys and values, and four
+    tensors of the gated MLP (gate, up, activated gate, product); attention scores are never stored.
+    """
+    attention = 2 * g.heads * head_dim(g) + 2 * kv_heads(g) * head_dim(g)
+    layer = tokens * element * (4 * g.hidden_size + attention + 4 * g.intermediate_size)
+    return float(tokens * element * g.hidden_size * g.layers + layer) if checkpointing else float(layer * g.layers)
+
+
+def element_bytes(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
+
+
+def train_seconds(
+    g: Geometry, train: Train, tokens: float, trace_tokens: float, gpus: int, gpus_per_node: int, gpu: Gpu
+) -> float:
+    """Wall seconds of training on `tokens` (all epochs) in traces of `trace_tokens`.
+
+    MFU counts no recomputation. GPUs for which a batch has no tokens stand idle.
+    """
+    busy = min(gpus, max(1, train.batch_tokens // train.micro_batch_tokens))
+    mfu = TRAIN_MFU if gpus <= gpus_per_node else TRAIN_MFU_NODES
+    flops = tokens * train_flops(g, trace_tokens)
+    return flops / (busy * gpu.peak(element_bytes(train.dtype)) * mfu)
+
+
+# --- Sampling ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is sampled: tokens of a prompt, of a completion on average and at most; completions in flight on a GPU."""
+
+    prompt_tokens: float
+    mean_new_tokens: float
+    max_new_tokens: int
+    batch_size: int
+    samples: int  # completions in all: fewer than the GPUs could hold leave them half empty
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One way to lay a model over GPUs: a copy takes `size`, its routed experts divided by EP, all else by TP."""
+
+    tensor_parallel: int
+    expert_parallel: int
+    copies: int
+    memory: dict[str, float]
+    fits: bool
+    tokens_per_s: float
+
+    @property
+    def size(self) -> int:
+        return max(self.tensor_parallel, self.expert_parallel)
+
+    @property
+    def memory_bytes(self) -> float:
+        return sum(self.memory.values())
+
+    @property
+    def layout(self) -> str:
+        experts = f"EP {self.expert_parallel} x " if self.expert_parallel > 1 else ""
+        return f"{experts}TP {self.tensor_parallel}, {self.copies} {'copy' if self.copies == 1 else 'copies'}"
+
+
+def place(g: Geometry, gpu: Gpu, gpus: int, gpus_per_node: int, load: Load, element: int = 2) -> Placement:
+    """The fastest placement that fits all `gpus`; if none fits, the one that needs the least memory per GPU."""
+    ways = [_placement(g, gpu, gpus, gpus_per_node, load, element, *way) for way in _ways(g, gpus, gpus_per_node)]
+    fitting = [way for way in ways if way.fits]
+    if fitting:
+        return max(fitting, key=lambda way: (way.tokens_per_s, -way.size))
+    return min(ways, key=lambda way: way.memory_bytes)
+
+
+def _ways(g: Geometry, gpus: int, gpus_per_node: int) -> list[tuple[int, int]]:
+    """(TP, EP) pairs: TP divides the heads and stays within a node; EP divides the experts; copies fill all GPUs."""
+    node = min(gpus, gpus_per_node)
+    tensor = [n for n in range(1, node + 1) if g.heads % n == 0 and gpus % n == 0 and node % n == 0]
+    if not is_mla(g):
+        return [(n, 1) for n in tensor]
+    expert = [n for n in range(1, gpus + 1) if g.routed_experts % n == 0 and gpus % n == 0]
+    return [(tp, ep) for ep in expert for tp in tensor if ep % tp == 0]
+
+
+def _placement(
+    g: Geometry, gpu: Gpu, gpus: int, gpus_per_node: int, load: Load, element: int, tp: int, ep: int
+) -> Placement:
+    count, size = parameters(g), max(tp, ep)
+    weights = {"experts": count.routed * element / ep, "other weights": (count.total - count.routed) * element / tp}
+    token_bytes = cache_bytes_per_token(g, element, tp)
+    longest = token_bytes * (load.prompt_tokens + load.max_new_tokens)
+    usual = token_bytes * (load.prompt_tokens + load.mean_new_tokens)
+    room = gpu.memory_bytes - sum(weights.values()) - SAMPLE_WORKSPACE_BYTES
+    # The ranks of a tensor-parallel group work on the same sequences, so a group of n devices has n devices' sequences.
+    sequences = max(1, min(load.batch_size * tp, ceil(load.samples * tp / gpus), int(room / usual)))
+    memory = weights | {"cache": max(longest, sequences * usual), "workspace": SAMPLE_WORKSPACE_BYTES}
+    step_s = _step_seconds(g, gpu, load, element, tp, ep, sequences, size > gpus_per_node)
+    rate = gpus / tp * sequences / step_s
+    return Placement(tp, ep, gpus // size, memory, room >= longest, rate)
+
+
+def _step_seconds(
+    g: Geometry, gpu: Gpu, load: Load, element: int, tp: int, ep: int, sequences: int, across_nodes: bool
+) -> float:
+    """Seconds of one decoding step: the slower of reading and computing at DECODE_SHARE, and the synchronisation."""
+    count, size = parameters(g), max(tp, ep)
+    in_flight = sequences * size / tp
+    touched = 1 - (1 - g.experts_per_token / g.routed_experts) ** in_flight if count.routed else 0.0
+    other = count.total - count.routed - count.embedding
+    context = load.prompt_tokens + load.mean_new_tokens / 2
+    cache = sequences * cache_bytes_per_token(g, element, tp) * context
+    read_s = ((count.routed / ep * touched + other / tp) * element + cache) / gpu.hbm_bytes_per_s
+    compute_s = in_flight / size * forward_flops(g, context, absorbed=True) / gpu.peak(element)
+    sync_s = 0.0 if size == 1 else g.layers * (LAYER_SYNC_NODES_S if across_nodes else LAYER_SYNC_S)
+    return max(read_s, compute_s) / DECODE_SHARE + sync_s
+
+
+def score_seconds(g: Geometry, tokens: float, seq_tokens: float, gpus: int, gpu: Gpu, element: int = 2) -> float:
+    """Wall seconds of one forward pass over `tokens` in sequences of `seq_tokens`: prefill, or scoring given text."""
+    return tokens * forward_flops(g, seq_tokens / 2) / (gpus * gpu.peak(element) * SCORE_MFU)

@@ -1,0 +1,271 @@
+"""The wiring of the stages: which model is loaded when, what each stage reads, and the ledger of what it cost.
+
+    1-prompts -> 2-traces + 3-logits -> 4-student/NAME -> 5-eval -> 6-publish
+
+Each method is one stage. A stage whose manifest matches its settings and inputs is skipped; models are loaded only when
+something is missing and freed before the next stage.
+"""
+
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from distill import dist, files, prompts, publish, traceset
+from distill.checkpoints import fingerprint_checkpoint, resolve_checkpoint
+from distill.config import Config, Student, stage_spec
+from distill.errors import ConfigError
+from distill.evals.agreement import dense_scorer
+from distill.evals.report import write_report
+from distill.evals.results import Candidate
+from distill.evals.retention import general_prompts
+from distill.evals.suite import Entrant, Opened, Suite, run_suite
+from distill.evals.table import render_table
+from distill.grade import Grader
+from distill.model_card import Made
+from distill.records import CaptureSpec, SamplingParams
+from distill.store import RunFolder, StageFolder
+from distill.tokens import fingerprint, load_tokenizer
+from distill.tracking import Tracker
+from students.model import load_student, train_dtype
+from students.rollout import Rollout
+from students.train import MODEL, train_student
+from teachers.engine import TeacherEngine
+from teachers.traces import TracesStage, summary
+
+RETENTION_PER_KIND = 60
+
+
+class Pipeline:
+    """One launch of one run. Use as a context manager: it releases the run's lock and closes the tracker."""
+
+    def __init__(self, config: Config, *, command: str, restart: str | None = None):
+        if config.teacher.url:
+            raise ConfigError(
+                "traces cannot be sampled from a service yet", where="teacher.url", remedy="Set teacher.path instead."
+            )
+        publish.check_publish(config)
+        self.config, self.command = config, command
+        self.ranks = dist.init_ranks(config.hardware.device)
+        self.folder = RunFolder(config.run.dir, config.run.name, commit=commit(), rank=self.ranks.rank)
+        self.ranks.on_main(self._prepare(restart))
+        self.tracker = Tracker(config, self.folder.path, is_main=self.ranks.is_main)
+
+    def _prepare(self, restart: str | None) -> Callable[[], None]:
+        def prepare() -> None:
+            self.folder.check_writable()
+            self.folder.lock()
+            if restart:
+                print("deleted:", ", ".join(self.folder.restart(restart)) or "nothing was there")
+
+        return prepare
+
+    def __enter__(self) -> "Pipeline":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.tracker.finish(failed=kind is not None)
+        self.folder.release()
+        if kind is None:
+            self.ranks.close()
+
+    def prompts(self) -> None:
+        """1-prompts: the problems, deduplicated, training and evaluation disjoint by content."""
+        stage = self._open("prompts", prompts.source_hashes(self.config.prompts))
+        if self._skip(stage):
+            return
+        self.ranks.on_main(lambda: prompts.make_prompts(self.config, stage) and None)
+        counts = stage.manifest["counts"]
+        self.ranks.print(f"{stage.title}: {json.dumps(counts)}")
+
+    def traces(self) -> None:
+        """2-traces and 3-logits: what the teacher says, graded, and what it might have said."""
+        inputs = {"prompts": self._input("prompts"), "teacher": fingerprint_checkpoint(self.config.teacher.path)}
+        traces, logits = self._open("traces", inputs), self._open("logits", inputs)
+        if self._skip(traces) and self._skip(logits, quiet=True):
+            return
+        train = prompts.load_prompts(self.folder.stage("prompts"), "train")
+        with self._teacher() as engine:
+            TracesStage(self.config, traces, logits, self.ranks, engine).run(train)
+        self.ranks.barrier()
+        counts = self.ranks.on_main(lambda: summary(list(traceset.iter_traces(traces))))
+        prints = {"teacher": inputs["teacher"], "tokenizer": fingerprint(load_tokenizer(self.config.teacher.path))}
+        shards = logits.shards()
+        logits.finish({"shards": len(shards), "bytes": sum(s.bytes for s in shards)}, fingerprints=prints)
+        traces.finish(counts, fingerprints=prints)
+        self.ranks.barrier()
+        dropped = ", ".join(f"{count} {reason}" for reason, count in counts["dropped"].items()) or "none"
+        self.ranks.print(f"{traces.title}: kept {counts['kept']} of {counts['samples']} traces; dropped: {dropped}")
+
+    def train(self) -> None:
+        """4-student/NAME for every student: the traces, learnt."""
+        traces, logits = self.folder.stage("traces"), self.folder.stage("logits")
+        for student in self.config.students:
+            inputs = {name: self._input(name) for name in ("traces", "logits")}
+            inputs["base"] = fingerprint_checkpoint(student.path)
+            stage = self._open("train", inputs, part=student.name)
+            if self._skip(stage):
+                continue
+            counts = dict(train_student(self.config, student, traces, logits, stage, self.ranks, self.tracker))
+            wall_s = counts.pop("wall_s")
+            prints = self.ranks.on_main(lambda stage=stage: {"model": fingerprint_checkpoint(stage.path / MODEL)})
+            stage.finish(counts, fingerprints=prints, wall_s=wall_s, device_s=wall_s * self.ranks.world)
+            self.ranks.barrier()
+
+    def eval(self) -> None:
+        """5-eval: teacher, bases and students on the same held-out prompts, and the report."""
+        inputs = {"prompts": self._input("prompts"), "teacher": fingerprint_checkpoint(self.config.teacher.path)}
+        inputs |= {f"train/{each.name}": self._input("train", each.name) for each in self.config.students}
+        stage = self._open("eval", inputs)
+        if not self._skip(stage):
+            with Grader() as grader:
+                run_suite(self._suite(), self._entrants(), stage, grader, self.ranks)
+            stage.finish({"shards": len(stage.shards())}, fingerprints={"teacher": inputs["teacher"]})
+        self.ranks.barrier()
+        self.ranks.on_main(lambda: self._report(stage))
+
+    def publish(self) -> None:
+        """6-publish: the chosen student as a Hugging Face folder with its model card, uploaded if the config says so."""
+        stage = self._open("publish", {"eval": self._input("eval")})
+        if self.config.publish.student is None or self._skip(stage):
+            return
+        self.ranks.on_main(lambda: self._publish(stage))
+
+    def close(self, seconds: float) -> None:
+        """The last lines of a run: how long this launch took and where to look."""
+        self.ranks.print(f"\ndone in {seconds / 60:.1f} minutes")
+        for what, path in (("report", "5-eval/report.html"), ("student", "6-publish")):
+            if (self.folder.path / path).exists():
+                self.ranks.print(f"  {what:8s} {self.folder.path / path}")
+        if self.tracker.url:
+            self.ranks.print(f"  {'W&B':8s} {self.tracker.url}")
+
+    def _suite(self) -> Suite:
+        settings, capture = self.config.eval, self.config.teacher.capture
+        return Suite(
+            prompts=prompts.load_prompts(self.folder.stage("prompts"), "eval"),
+            params=SamplingParams(settings.temperature, settings.top_p, 0, settings.max_new_tokens),
+            k=settings.k,
+            run_seed=self.config.run.seed,
+            capture=capture and CaptureSpec(capture.k_max, capture.tail_bound),
+            retention=general_prompts(RETENTION_PER_KIND) if settings.retention else (),
+            confidence=settings.confidence,
+            shard_prompts=self.config.traces.shard_prompts,
+        )
+
+    def _entrants(self) -> list[Entrant]:
+        teacher = self.config.teacher.path
+        found = [Entrant(candidate("teacher", "teacher", teacher), load_tokenizer(teacher), self._open_teacher)]
+        bases = {student.path: base_name(student, self.config.students) for student in self.config.students}
+        for path, name in bases.items():
+            found.append(Entrant(candidate(name, "base", path), load_tokenizer(path), partial(self._student, path)))
+        for student in self.config.students:
+            path = str(self.folder.stage("train", student.name).path / MODEL)
+            who = candidate(student.name, "student", path, base=bases[student.path], loss=student.loss.kind)
+            found.append(Entrant(who, load_tokenizer(path), partial(self._student, path)))
+        return found
+
+    @contextmanager
+    def _teacher(self) -> Iterator[Callable[[], TeacherEngine]]:
+        """A function that loads the teacher the first time it is called; freed at the end of the block."""
+        loaded: list[TeacherEngine] = []
+
+        def load() -> TeacherEngine:
+            if not loaded:
+                settings = self.config.teacher
+                loaded.append(
+                    TeacherEngine(
+                        settings.path, dtype=settings.dtype, device=self.ranks.device, batch_size=settings.batch_size
+                    )
+                )
+            return loaded[0]
+
+        try:
+            yield load
+        finally:
+            for engine in loaded:
+                engine.close()
+
+    @contextmanager
+    def _open_teacher(self) -> Iterator[Opened]:
+        with self._teacher() as load:
+            yield Opened(load())
+
+    @contextmanager
+    def _student(self, path: str) -> Iterator[Opened]:
+        dtype = train_dtype(self.config.train.dtype, self.ranks.device)
+        model, tokenizer = load_student(path, dtype, packed=False)
+        rollout = Rollout(model, tokenizer, self.ranks.device, self.config.eval.batch_size)
+        yield Opened(rollout, dense_scorer(model))
+
+    def _report(self, stage: StageFolder) -> None:
+        report = write_report(self.folder.path, self.config.model_dump(mode="json"))
+        print("\n" + render_table(report))
+        self.tracker.table(
+            "models", [{k: v for k, v in row.items() if not isinstance(v, list | dict)} for row in report["models"]]
+        )
+        self.tracker.table("examples", report["examples"])
+        for name in ("report.html", "report.json"):
+            self.tracker.artifact(f"{self.config.run.name}-{Path(name).suffix[1:]}", stage.path / name)
+
+    def _publish(self, stage: StageFolder) -> None:
+        started_s = time.monotonic()
+        report = files.read_json(self.folder.stage("eval").path / "report.json", "Run --stages eval again.")
+        name = publish.choose_student(self.config, report)
+        traces, trained = self.folder.stage("traces").manifest, self.folder.stage("train", name)
+        made = Made(
+            command=self.command,
+            commit=self.folder.commit,
+            config_hash=files.digest(self.config.model_dump(mode="json"))[:16],
+            teacher_fingerprint=traces["fingerprints"]["teacher"],
+            tokenizer_fingerprint=traces["fingerprints"]["tokenizer"],
+        )
+        result = publish.publish_student(
+            self.config, name, trained.path / MODEL, stage.path / name, report=report, made=made
+        )
+        if not result["loaded_back"]:
+            print(f"{stage.title}: too large for this machine's memory, so it was not loaded back and compared")
+        stage.finish(
+            {"student": name, "bytes": result["bytes"], "url": result["url"]}, wall_s=time.monotonic() - started_s
+        )
+
+    def _open(self, name: str, inputs: dict[str, str], part: str | None = None) -> StageFolder:
+        stage, spec = self.folder.stage(name, part), stage_spec(self.config, name, part)
+        self.ranks.on_main(lambda: stage.open(spec, inputs) and None)
+        if not self.ranks.is_main:
+            stage.open(spec, inputs)
+        return stage
+
+    def _input(self, name: str, part: str | None = None) -> str:
+        """The hash of a finished earlier stage; an error that names it when it has not finished."""
+        return self.folder.stage(name, part).manifest_hash
+
+    def _skip(self, stage: StageFolder, quiet: bool = False) -> bool:
+        done = self.ranks.on_main(lambda: stage.done)
+        if done and not quiet:
+            self.ranks.print(f"{stage.title}: finished before, skipped (took {stage.manifest['wall_s']:.0f} s)")
+        return done
+
+
+def candidate(name: str, role: str, path: str, **more: str) -> Candidate:
+    """A model of the evaluation, identified by its weights."""
+    return Candidate(name=name, role=role, fingerprint=fingerprint_checkpoint(resolve_checkpoint(path)), **more)
+
+
+def base_name(student: Student, students: list[Student]) -> str:
+    """ "base" where all students start from one model, else "base-" and the folder's name."""
+    return "base" if len({each.path for each in students}) == 1 else f"base-{Path(student.path).name}"
+
+
+def commit() -> str:
+    """The commit of the code that runs, with a + when the tree has changes; "unknown" outside a checkout."""
+    root = Path(__file__).parent.parent
+    try:
+        head = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        dirty = subprocess.run(["git", "-C", root, "status", "--porcelain", "-uno"], capture_output=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return head.stdout.strip() + ("+" if dirty.stdout else "") if head.returncode == 0 else "unknown"

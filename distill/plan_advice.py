@@ -1,0 +1,84 @@
+"""Why a model does not fit on the planned GPUs, and the smallest changes with which it does."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from distill.capacity import GB, GPUS, Gpu, Load, Placement, place, train_memory
+from distill.config import Geometry, Train
+
+MOST_GPUS = 1024
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`gpus` GPUs of one kind, `gpus_per_node` of them joined by NVLink."""
+
+    gpu: Gpu
+    gpus: int
+    gpus_per_node: int
+
+    def larger_counts(self) -> list[int]:
+        """Doubled numbers of GPUs, in whole nodes."""
+        counts = [self.gpus * 2**i for i in range(1, 11) if self.gpus * 2**i <= MOST_GPUS]
+        return [n for n in counts if n <= self.gpus_per_node or n % self.gpus_per_node == 0]
+
+    def larger_kinds(self) -> list[Gpu]:
+        return [kind for kind in GPUS.values() if kind.memory_bytes > self.gpu.memory_bytes]
+
+    def lacks(self, model: str, work: str, need_bytes: float, how: str) -> str:
+        need = f"{model}: {work} needs {need_bytes / GB:.0f} GB per GPU with {how} on {self.gpus} x {self.gpu.name}"
+        return f"{need}, which has {self.gpu.memory_bytes / GB:.0f}"
+
+
+def cannot_sample(machine: Machine, model: str, g: Geometry, load: Load, element: int, best: Placement) -> str:
+    """The sentence for a model that cannot be sampled; `best` is the placement that needs least."""
+
+    def fits(gpu: Gpu, gpus: int) -> bool:
+        return place(g, gpu, gpus, machine.gpus_per_node, load, element).fits
+
+    ways = [f"{n} x {machine.gpu.name}" for n in machine.larger_counts() if fits(machine.gpu, n)][:1]
+    ways += [f"{machine.gpus} x {kind.name}" for kind in machine.larger_kinds() if fits(kind, machine.gpus)]
+    both = [(kind, n) for n in machine.larger_counts() for kind in machine.larger_kinds() if fits(kind, n)][:1]
+    ways = ways or [f"{n} x {kind.name}" for kind, n in both]
+    remedy = f"Use {' or '.join(ways)}." if ways else "No number of these GPUs holds it: lower max_new_tokens."
+    return f"{machine.lacks(model, 'sampling', best.memory_bytes, best.layout)}. {remedy}"
+
+
+def cannot_train(machine: Machine, student: str, g: Geometry, train: Train, need_bytes: float) -> str:
+    """The sentence for a student that cannot be trained with these settings."""
+
+    def fits(gpu: Gpu, gpus: int, changes: dict[str, object]) -> bool:
+        return sum(train_memory(g, train.model_copy(update=changes), gpus).values()) <= gpu.memory_bytes
+
+    here, frugal = machine.gpu, {"zero_stage": 3, "activation_checkpointing": True}
+    ways = [_settings(train, c) for c in _changes(train) if fits(here, machine.gpus, c)][:2]
+    ways += [f"{n} GPUs" for n in machine.larger_counts() if fits(here, n, {})][:1]
+    ways += [f"{machine.gpus} x {kind.name}" for kind in machine.larger_kinds() if fits(kind, machine.gpus, {})][:1]
+    if not ways:
+        ways += [f"{n} GPUs with {_settings(train, frugal)}" for n in machine.larger_counts() if fits(here, n, frugal)][
+            :1
+        ]
+        kinds = [kind for kind in machine.larger_kinds() if fits(kind, machine.gpus, frugal)][:1]
+        ways += [f"{machine.gpus} x {kind.name} with {_settings(train, frugal)}" for kind in kinds]
+    remedy = f"Use {' or '.join(ways)}." if ways else "Lower train.max_seq_tokens and train.micro_batch_tokens."
+    return f"{machine.lacks(student, 'training', need_bytes, f'ZeRO-{train.zero_stage}')}. {remedy}"
+
+
+def _changes(train: Train) -> Iterator[dict[str, object]]:
+    """Settings to try, from those that cost least speed to those that cost most."""
+    stages = range(train.zero_stage + 1, 4)
+    frugal = {"zero_stage": 3, "activation_checkpointing": True}
+    yield from ({"zero_stage": stage} for stage in stages)
+    if not train.activation_checkpointing:
+        yield {"activation_checkpointing": True}
+        yield from ({"zero_stage": stage, "activation_checkpointing": True} for stage in stages)
+    if train.max_seq_tokens < train.micro_batch_tokens:
+        yield {"micro_batch_tokens": train.max_seq_tokens}
+        yield {"micro_batch_tokens": train.max_seq_tokens, **frugal}
+    if train.offload == "none":
+        yield {**frugal, "offload": "cpu"}
+
+
+def _settings(train: Train, changes: dict[str, object]) -> str:
+    new = {name: value for name, value in changes.items() if getattr(train, name) != value}
+    return " and ".join(f"train.{name}={str(value).lower()}" for name, value in new.items())

@@ -1,0 +1,1 @@
+"""Prompts with graders: reasoning-gym families, files and datasets, and the compiler of worked solutions."""

@@ -1,0 +1,69 @@
+"""Causal attention inside each trace of a packed row, as an attention function of transformers.
+
+Traces lie one behind the other in ONE sequence of N tokens; seq_lens says where each ends. Attention runs on each trace
+by itself, so no mask is built, no token is padding and nothing can leak from one trace into another.
+
+Shape legend: N tokens of all traces together, A query heads, G key-value heads, D head width.
+"""
+
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+NAME = "packed_causal"
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query_1AND: torch.Tensor,
+    key_1GND: torch.Tensor,
+    value_1GND: torch.Tensor,
+    attention_mask: None,
+    *,
+    seq_lens: list[int],
+    seq_ends: torch.Tensor | None = None,
+    scaling: float | None = None,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """([1, N, A, D], None): softmax(q k^T * scaling) v over the tokens of the same trace up to the query's own.
+
+    seq_lens: tokens of each trace, in order; they sum to N. seq_ends: int32, their running sum with a leading 0, needed
+    on CUDA in half precision, which uses one variable-length flash attention kernel; elsewhere each trace is one
+    scaled_dot_product_attention.
+    """
+    if query_1AND.is_cuda and query_1AND.dtype in (torch.bfloat16, torch.float16):
+        return _one_kernel(query_1AND, key_1GND, value_1GND, max(seq_lens), seq_ends, scaling), None
+    parts = zip(query_1AND.split(seq_lens, 2), key_1GND.split(seq_lens, 2), value_1GND.split(seq_lens, 2))
+    out = [
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
+        for q, k, v in parts
+    ]
+    return torch.cat(out, 2).transpose(1, 2).contiguous(), None
+
+
+def running_ends(seq_lens: list[int], device: torch.device) -> torch.Tensor:
+    """seq_ends for these lengths; made once a micro-batch, not once a layer."""
+    return torch.tensor([0, *accumulate(seq_lens)], dtype=torch.int32, device=device)
+
+
+def _one_kernel(
+    query_1AND: torch.Tensor,
+    key_1GND: torch.Tensor,
+    value_1GND: torch.Tensor,
+    longest: int,
+    ends: torch.Tensor,
+    scaling: float | None,
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    query, key, value = (x[0].transpose(0, 1).contiguous() for x in (query_1AND, key_1GND, value_1GND))
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:  # older torch has no enable_gqa here; repeating costs little beside the attention itself
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    out_NAD = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling, window_size=(-1, 0))
+    return out_NAD[None]
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)

@@ -1,0 +1,250 @@
+"""Kept traces, and the teacher's distributions on them, as micro-batches for a student.
+
+A trace of prompt P and completion C is fed as P + C without its last token; the token at position i predicts the one
+at i + 1, so the completion's tokens, the stop token included, are predicted at len(P) - 1 .. len(P) + len(C) - 2. Only
+these bear loss. Several traces lie one behind the other in one sequence; attention and positions start afresh at each.
+
+Shape legend: N input tokens of a micro-batch, M of them trained.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from distill.errors import DataError
+from distill.logit_cache import CacheReader, to_sparse_targets
+from distill.losses.reduce import IGNORE_INDEX
+from distill.losses.sparse import SparseTargets
+from distill.records import TokenDists, Trace
+from distill.store import StageFolder
+from distill.tokens import PREFILL, encode_completion, end_id, fingerprint, render_prompt
+from distill.traceset import read_traces
+
+
+@dataclass(frozen=True)
+class Example:
+    """One trace in the student's tokens. `shard` is the name of the shard that it came from, without suffix."""
+
+    key: str
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    shard: str
+
+    @property
+    def input_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids) - 1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: a single sequence of N tokens, M of which are trained.
+
+    input_ids_N, position_ids_N: int64. seq_lens: tokens of each trace. trained_M: int64 positions in the sequence whose
+    hidden state predicts labels_M. targets: what the teacher would have said at these positions, or None. keys: the
+    traces, in order.
+    """
+
+    input_ids_N: torch.Tensor
+    position_ids_N: torch.Tensor
+    seq_lens: list[int]
+    trained_M: torch.Tensor
+    labels_M: torch.Tensor
+    targets: SparseTargets | None
+    keys: list[str]
+
+    def to(self, device: torch.device) -> "Batch":
+        names = ("input_ids_N", "position_ids_N", "trained_M", "labels_M")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return replace(self, **moved, targets=self.targets and self.targets.to(device))
+
+
+class TraceData:
+    """The examples of one student, in the order of the trace set; `counts` says what was read, dropped, retokenised."""
+
+    def __init__(self, examples: list[Example], caches: dict[str, CacheReader] | None, counts: Counter):
+        self.examples, self.caches, self.counts = examples, caches, counts
+
+    @property
+    def keys(self) -> list[str]:
+        return [example.key for example in self.examples]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Input tokens of each example."""
+        return [example.input_tokens for example in self.examples]
+
+    @property
+    def trained(self) -> list[int]:
+        """Tokens of each example that bear loss."""
+        return [len(example.completion_ids) for example in self.examples]
+
+    def collate(self, rows: list[list[int]], vocab_rows: int) -> Batch:
+        """The micro-batch of these rows of indices. Without rows: one token that bears no loss, for a rank whose share
+        of the step is used up but which must take part in the others' communication.
+
+        Errors: DataError when a teacher distribution is damaged, is of another text, or names a token >= vocab_rows.
+        """
+        members = [self.examples[i] for row in rows for i in row]
+        if not members:
+            return self._empty()
+        inputs = [(e.prompt_ids + e.completion_ids)[:-1] for e in members]
+        seq_lens = [len(ids) for ids in inputs]
+        starts = np.concatenate([[0], np.cumsum(seq_lens)[:-1]])
+        trained = [
+            start + np.arange(len(e.prompt_ids) - 1, length) for start, e, length in zip(starts, members, seq_lens)
+        ]
+        return Batch(
+            input_ids_N=torch.tensor([i for ids in inputs for i in ids]),
+            position_ids_N=torch.cat([torch.arange(length) for length in seq_lens]),
+            seq_lens=seq_lens,
+            trained_M=torch.from_numpy(np.concatenate(trained)),
+            labels_M=torch.tensor([i for e in members for i in e.completion_ids]),
+            targets=self._targets(members, vocab_rows) if self.caches is not None else None,
+            keys=[e.key for e in members],
+        )
+
+    def _empty(self) -> Batch:
+        zero = torch.zeros(1, dtype=torch.int64)
+        targets = None
+        if self.caches is not None:
+            targets = SparseTargets(zero[None], torch.zeros(1, 1), torch.zeros(1))
+        first = torch.tensor(self.examples[0].prompt_ids[:1])
+        return Batch(first, zero, [1], zero, torch.full((1,), IGNORE_INDEX), targets, [])
+
+    def _targets(self, members: list[Example], vocab_rows: int) -> SparseTargets:
+        arrays = to_sparse_targets([self._dists(example) for example in members])
+        targets = SparseTargets(*map(torch.from_numpy, arrays))
+        try:
+            targets.check(vocab_rows, distinct=False)
+        except DataError as error:
+            shards = sorted({example.shard for example in members})
+            raise DataError(
+                f"a teacher distribution cannot be used: {error.what}",
+                where=f"3-logits, one of the shards {', '.join(shards)}",
+                remedy="Sample the traces again: --restart traces.",
+            ) from error
+        return targets
+
+    def _dists(self, example: Example) -> TokenDists:
+        reader = self.caches[example.shard]
+        dists = reader[example.key]
+        if len(dists) != len(example.completion_ids) or not np.array_equal(dists.sampled_T, example.completion_ids):
+            raise DataError(
+                f"the teacher's distributions of trace {example.key} are of another text than the trace",
+                where=f"3-logits/{example.shard}.cache",
+                value=f"{len(dists)} positions for {len(example.completion_ids)} tokens",
+                remedy=f"Delete {example.shard} from 2-traces and 3-logits and run again: it is sampled again.",
+            )
+        return dists
+
+
+def load_traces(
+    traces: StageFolder,
+    logits: StageFolder | None,
+    tokenizer: PreTrainedTokenizerFast,
+    max_seq_tokens: int,
+) -> TraceData:
+    """The kept traces of a stage in the student's tokens; with `logits`, each with its teacher distributions.
+
+    Traces longer than max_seq_tokens are dropped and counted (too_long), never cut. Traces in another tokenizer's ids
+    are tokenised again from their text and counted (retokenised); with `logits` that is an error, since the cached
+    distributions are over the teacher's tokens.
+    Errors: DataError when nothing is left, a trace has no distributions, or a tokenizer does not fit.
+    """
+    own, theirs = fingerprint(tokenizer), _fingerprint_of(traces)
+    if logits is not None and own != theirs:
+        raise _other_tokenizer(traces.path, theirs, own)
+    examples, counts = [], Counter(traces=0, kept=0, retokenised=0, too_long=0)
+    for shard, trace in _iter_shards(traces):
+        counts["traces"] += 1
+        if not trace.keep:
+            continue
+        counts["kept"] += 1
+        counts["retokenised"] += own != theirs
+        example = _example(trace, shard, tokenizer if own != theirs else None)
+        if example.input_tokens > max_seq_tokens:
+            counts["too_long"] += 1
+        else:
+            examples.append(example)
+    if not examples:
+        raise DataError(
+            f"no trace is left to train on: {counts['kept']} of {counts['traces']} were kept, "
+            f"{counts['too_long']} of them are longer than {max_seq_tokens} tokens",
+            where=str(traces.path),
+            remedy="Raise train.max_seq_tokens, or sample more traces.",
+        )
+    caches = None if logits is None else _open_caches(logits, examples, own)
+    data = TraceData(examples, caches, counts)
+    counts.update(trained_tokens=sum(data.trained), input_tokens=sum(data.lengths))
+    return data
+
+
+def _iter_shards(traces: StageFolder) -> Iterator[tuple[str, Trace]]:
+    for shard in traces.shards():
+        if shard.name.endswith(".parquet"):
+            name = shard.name.removesuffix(".parquet")
+            yield from ((name, trace) for trace in read_traces(traces.check_shard(shard.name).path))
+
+
+def _example(trace: Trace, shard: str, tokenizer: PreTrainedTokenizerFast | None) -> Example:
+    """With a tokenizer, the trace's text in that tokenizer's ids; a completion that stopped gets its stop token."""
+    prompt_ids, completion_ids = trace.prompt_ids, trace.completion_ids
+    if tokenizer is not None:
+        prompt_ids = render_prompt(tokenizer, trace.prompt.text)
+        completion_ids = encode_completion(tokenizer, trace.text.removeprefix(PREFILL))
+        completion_ids += [end_id(tokenizer)] if trace.finish_reason == "stop" else []
+    if not prompt_ids or not completion_ids:
+        raise DataError(
+            "the prompt or the completion is empty",
+            where=f"2-traces/{shard}.parquet trace {trace.sample_key}",
+            remedy="Delete the shard and run again: it is sampled again.",
+        )
+    return Example(trace.sample_key, prompt_ids, completion_ids, shard)
+
+
+def _fingerprint_of(traces: StageFolder) -> str:
+    try:
+        return traces.manifest["fingerprints"]["tokenizer"]
+    except KeyError:
+        raise DataError(
+            "the manifest does not say which tokenizer the traces were sampled with",
+            where=f"{traces.path}/manifest.json",
+            remedy="Sample the traces again: --restart traces.",
+        ) from None
+
+
+def _open_caches(logits: StageFolder, examples: list[Example], own: str) -> dict[str, CacheReader]:
+    caches = {}
+    for shard in sorted({example.shard for example in examples}):
+        path = logits.path / f"{shard}.cache"
+        if not logits.has_shard(path.name):
+            raise _no_distributions(path, f"the shard {path.name}")
+        caches[shard] = reader = CacheReader(path)
+        if reader.header.tokenizer_fingerprint != own:
+            raise _other_tokenizer(path, reader.header.tokenizer_fingerprint, own)
+    for example in examples:
+        if example.key not in caches[example.shard]:
+            raise _no_distributions(logits.path / f"{example.shard}.cache", f"trace {example.key}")
+    return caches
+
+
+def _no_distributions(path: Path, what: str) -> DataError:
+    shard = path.name.removesuffix(".cache")
+    return DataError(
+        f"{what} has no teacher distributions, and the loss is on logits",
+        where=str(path),
+        remedy=f"Delete {shard} from 2-traces and 3-logits and run again, or set students.N.loss.kind: response.",
+    )
+
+
+def _other_tokenizer(path: Path, theirs: str, own: str) -> DataError:
+    return DataError(
+        f"the distributions are over the tokens of tokenizer {theirs}, the student has {own}",
+        where=str(path),
+        remedy="Set students.N.loss.kind: response, or train a student with the teacher's tokenizer.",
+    )

@@ -1,0 +1,80 @@
+"""Load a dense student: weights from safetensors, the packed attention, the tokenizer that fits."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from distill.checkpoints import check_checkpoint, resolve_checkpoint
+from distill.errors import ModelError
+from distill.tokens import load_tokenizer
+from students import attention
+
+FAMILIES = ("qwen2", "qwen3", "llama")
+
+
+def train_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of weights in the forward pass; "auto" is bfloat16 on a GPU and float32 on a CPU."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, name)
+
+
+def load_student(
+    path: str | Path, dtype: torch.dtype = torch.float32, *, packed: bool = True
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """(model in train mode on CPU, its tokenizer) of a folder or Hub id. No remote code and no pickle is ever run.
+
+    packed: the attention of training, which takes traces one behind the other; else rows with a mask, for evaluation.
+
+    Errors: ModelError when the checkpoint is damaged or not safetensors, the architecture is not a dense Qwen2, Qwen3
+    or Llama with full attention, or the embedding has fewer rows than the tokenizer has ids.
+    """
+    folder = resolve_checkpoint(path)
+    check_checkpoint(folder)
+    options = {"trust_remote_code": False, "local_files_only": True}
+    config = AutoConfig.from_pretrained(folder, **options)
+    _check_architecture(config, folder)
+    tokenizer = load_tokenizer(folder)
+    implementation = attention.NAME if packed else "sdpa"
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=dtype, use_safetensors=True, attn_implementation=implementation, **options
+    )
+    check_vocabulary(model.get_input_embeddings().weight.shape[0], tokenizer, folder)
+    return model.train(), tokenizer
+
+
+def check_vocabulary(rows: int, tokenizer: PreTrainedTokenizerFast, path: str | Path) -> None:
+    """Returns if each of the tokenizer's ids has a row; ModelError otherwise. More rows than ids is usual: padding."""
+    needed = max(tokenizer.get_vocab().values()) + 1
+    if rows < needed:
+        raise ModelError(
+            f"the embedding has {rows} rows but the tokenizer has ids up to {needed - 1}",
+            where=str(path),
+            remedy="The tokenizer belongs to another model: use the one that was saved with these weights.",
+        )
+
+
+def _check_architecture(config, path: str | Path) -> None:
+    if config.model_type not in FAMILIES:
+        raise ModelError(
+            "a student must be a dense language model of one of the families " + ", ".join(FAMILIES),
+            where=str(path),
+            value=config.model_type,
+            remedy="Set students.N.path to a Qwen2, Qwen2.5, Qwen3 or Llama checkpoint.",
+        )
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if layers != {"full_attention"}:
+        raise ModelError(
+            "only full attention is trained; this model has other layers",
+            where=f"{path}/config.json layer_types",
+            value=sorted(layers),
+            remedy="Use a checkpoint without sliding-window layers.",
+        )
+    if dropout := getattr(config, "attention_dropout", 0.0):
+        raise ModelError(
+            "attention dropout is not applied to packed traces",
+            where=f"{path}/config.json attention_dropout",
+            value=dropout,
+            remedy="Set it to 0.0.",
+        )

@@ -1,0 +1,139 @@
+"""The teacher: a checkpoint loaded for sampling and scoring, on one device."""
+
+import gc
+import os
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from distill.checkpoints import check_checkpoint, fingerprint_checkpoint, resolve_checkpoint
+from distill.errors import ModelError
+from distill.generate import Generator
+from distill.records import CaptureSpec, Sample, SampleRequest, SamplingParams, TokenDists
+from distill.slots import SlotCache, SlotModel
+from distill.tokens import load_tokenizer, stop_ids
+from teachers import attention
+
+MLA_FAMILIES = ("deepseek_v3",)
+
+
+class TeacherEngine:
+    """A causal language model that draws completions and says how likely every token was.
+
+    DeepSeek-V3 models decode over the latent cache (teachers.attention); any other model of transformers with full
+    attention (Llama, Qwen2, Qwen3) over keys and values. ModelError before any weight is read when the folder, its
+    config, its tokenizer or a weight file is missing, damaged or not safetensors.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        dtype: str = "auto",
+        device: str | torch.device = "cpu",
+        batch_size: int = 64,
+        stop_ids: Iterable[int] | None = None,
+    ):
+        """dtype "auto": float32 on a CPU, bfloat16 on a GPU. batch_size: rows sampled at once. stop_ids: else the
+        tokenizer's."""
+        config = check_checkpoint(path)
+        folder = resolve_checkpoint(path)
+        self.tokenizer = load_tokenizer(folder)
+        self.fingerprint = fingerprint_checkpoint(folder)
+        device = torch.device(device)
+        ids = max(self.tokenizer.get_vocab().values()) + 1
+        _check_config(config, ids, folder)
+        self.model = load_model(folder, _dtype(dtype, device), device)
+        is_mla = config["model_type"] in MLA_FAMILIES
+        if is_mla:
+            attention.install(self.model)
+        slots = SlotModel(self.model, ids, attention.LatentCache if is_mla else SlotCache)
+        self.vocab_size = slots.vocab_size
+        self.stop_ids = _stop_ids(self.tokenizer, stop_ids)
+        self._generator: Generator | None = Generator(slots, batch_size, self.stop_ids)
+
+    def sample(
+        self, requests: Iterable[SampleRequest], params: SamplingParams, capture: CaptureSpec | None = None
+    ) -> Iterator[Sample]:
+        """One Sample a request, as they finish; with `capture`, each with the distributions of its tokens."""
+        return self._open().sample(requests, params, capture)
+
+    def score(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], capture: CaptureSpec) -> list[TokenDists]:
+        """The distributions of each completion's tokens, for (prompt_ids, completion_ids) pairs in the order given."""
+        return self._open().score(sequences, capture)
+
+    def decode(self, completion_ids: Sequence[int]) -> str:
+        """The completion's text, `</think>` and the like kept, without the stop token at its end."""
+        ids = list(completion_ids)
+        if ids and ids[-1] in self.stop_ids:
+            ids.pop()
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def close(self) -> None:
+        """Frees the weights. The tokenizer and the fingerprint stay."""
+        self._generator, self.model = None, None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _open(self) -> Generator:
+        if self._generator is None:
+            raise RuntimeError("this teacher was closed")
+        return self._generator
+
+
+def load_model(folder: os.PathLike, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The model in evaluation mode. ModelError when its architecture is unknown or a weight is missing or misshapen."""
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map={"": device} if device.type == "cuda" else None,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (ValueError, KeyError, RuntimeError, OSError) as error:
+        raise ModelError(
+            f"transformers cannot load this model: {str(error).splitlines()[0]}",
+            where=str(folder),
+            remedy="Use a checkpoint of an architecture that transformers knows; its own code is never run.",
+        ) from error
+    if report["missing_keys"]:
+        raise ModelError(
+            f"{len(report['missing_keys'])} weights are missing from the checkpoint",
+            where=str(folder),
+            value=min(report["missing_keys"]),
+            remedy="Copy the checkpoint again, or correct config.json.",
+        )
+    return model.eval().requires_grad_(False)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    # On a CPU the same weights widened to float32 give the same routes and samples as the reference, in any batch.
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, name)
+
+
+def _check_config(config: dict, ids: int, folder: os.PathLike) -> None:
+    if "quantization_config" in config:
+        raise ModelError(
+            "quantised weights are not loaded",
+            where=f"{folder}/config.json quantization_config",
+            value=config["quantization_config"].get("quant_method"),
+            remedy="Convert the checkpoint to bfloat16.",
+        )
+    if config.get("vocab_size", ids) < ids:
+        raise ModelError(
+            f"the tokenizer has ids up to {ids - 1}, the model {config['vocab_size']} rows",
+            where=str(folder),
+            remedy="Use the tokenizer that was saved with these weights.",
+        )
+
+
+def _stop_ids(tokenizer, given: Iterable[int] | None) -> list[int]:
+    return stop_ids(tokenizer) if given is None else sorted(set(given))

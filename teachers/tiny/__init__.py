@@ -1,0 +1,1 @@
+"""The bundled tiny teacher, its base students, and how they were trained."""

@@ -1,0 +1,124 @@
+"""Laws of check_machine: all that a machine lacks is told at once, before anything is loaded or fetched."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from distill.config import check_machine, load_config
+from distill.config_check import is_hub_id, is_loopback
+from distill.errors import CapacityError, ModelError, ServiceError
+
+VALID = """
+run: {name: t}
+prompts:
+  train: [{kind: reasoning_gym, families: {chain_sum: 20}}]
+  eval: [{kind: reasoning_gym, families: {chain_sum: 5}}]
+teacher: {path: org/teacher}
+students:
+  - {name: a, path: org/base, loss: {kind: logits, alpha: 0.9}}
+  - {name: b, path: org/base, loss: {kind: response}}
+"""
+
+
+@pytest.fixture
+def valid(tmp_path):
+    (tmp_path / "c.yaml").write_text(VALID)
+    return str(tmp_path / "c.yaml")
+
+
+@pytest.fixture
+def machine(valid, tmp_path, monkeypatch):
+    """check_machine on a checkpoint folder that is whole, in an empty home; returns (folder, check)."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file({"w": np.zeros((2, 2), np.float32)}, str(folder / "model.safetensors"))
+    (folder / "config.json").write_text('{"model_type": "qwen3"}')
+    (folder / "tokenizer.json").write_text("{}")
+    for name in ("WANDB_API_KEY", "HF_TOKEN", "HF_TOKEN_PATH", "HF_HUB_CACHE", "NETRC", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    paths = [f"teacher.path={folder}", f"students.0.path={folder}", f"students.1.path={folder}"]
+    return folder, lambda *overrides: check_machine(load_config(valid, [*paths, *overrides]))
+
+
+def test_a_machine_that_has_everything_passes(machine):
+    assert machine[1]() is None
+
+
+def test_more_gpus_than_the_machine_has_is_a_capacity_error(machine):
+    with pytest.raises(CapacityError, match=r"should have 99999 GPU\(s\), but it has \d+\."):
+        machine[1]("hardware.device=cuda", "hardware.gpus=99999", "hardware.gpus_per_node=99999")
+
+
+def test_a_service_on_or_off_this_machine_is_told_by_its_address():
+    assert all(map(is_loopback, ["http://localhost:1/v1", "http://127.0.0.5", "http://[::1]:8000"]))
+    assert not any(map(is_loopback, ["http://10.0.0.1", "https://localhost.example.org", "http://[2001:db8::1]/"]))
+
+
+@pytest.mark.parametrize(
+    ("override", "variable"),
+    [("tracking.wandb=online", "WANDB_API_KEY"), ("publish.repo=o/r", "HF_TOKEN"), (None, "TEACHER_TOKEN")],
+)
+def test_a_token_that_is_asked_for_must_be_there(machine, monkeypatch, override, variable):
+    overrides = [override] if override else ["teacher.url=https://example.org/v1", "teacher.token_env=TEACHER_TOKEN"]
+    with pytest.raises(ServiceError, match=variable):
+        machine[1](*overrides)
+    monkeypatch.setenv(variable, "x")
+    assert machine[1](*overrides) is None
+
+
+def test_stored_logins_count_as_tokens(machine, tmp_path):
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password x\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "token").write_text("x")
+    assert machine[1]("tracking.wandb=online", "publish.repo=o/r") is None
+
+
+def break_weights(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:-3])
+
+
+def only_pickles(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (break_weights, "model.safetensors"),
+        (only_pickles, "safetensors"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_loaded_is_a_model_error_that_is_told_once(machine, damage, said):
+    damage(machine[0])
+    with pytest.raises(ModelError, match=said) as caught:
+        machine[1]()
+    assert str(caught.value).count("cannot be loaded") + str(caught.value).count("has no tokenizer") == 1
+
+
+def test_a_hub_id_may_be_fetched_unless_the_hub_is_switched_off(machine, monkeypatch, tmp_path):
+    with pytest.raises(ModelError, match="org/base: no such folder, not in the Hub cache, and HF_HUB_OFFLINE is set"):
+        machine[1]("students.0.path=org/base")
+    (tmp_path / "hf" / "hub" / "models--org--base" / "snapshots").mkdir(parents=True)
+    assert machine[1]("students.0.path=org/base") is None
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert machine[1]("students.0.path=org/other") is None
+    assert is_hub_id("org/base") and not is_hub_id("./base") and not is_hub_id("teachers/tiny/x")
+
+
+def test_all_that_the_machine_lacks_is_told_at_once(machine):
+    many = ["hardware.device=cuda", "hardware.gpus=99999", "hardware.gpus_per_node=99999", "tracking.wandb=online"]
+    with pytest.raises(CapacityError) as caught:
+        machine[1](*many, "publish.repo=o/r", "teacher.path=no/such/folder", "students.0.path=missing")
+    lines = str(caught.value).split("\n  ")
+    assert lines[0] == "5 errors in this machine:" and len(lines) == 6
+    for line, word in zip(lines[1:], ("GPU", "no/such/folder", "missing", "WANDB_API_KEY", "HF_TOKEN")):
+        assert word in line

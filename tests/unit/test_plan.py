@@ -1,0 +1,358 @@
+"""Laws of the plan: published sizes from geometry, hand-computed bytes, and estimates beside what was measured."""
+
+import json
+
+import pytest
+import yaml
+
+from distill.capacity import GB, GPUS, Load, activation_bytes, place, score_seconds, train_memory, train_seconds
+from distill.config import Geometry, Train, load_config
+from distill.errors import ConfigError, ModelError
+from distill.geometry import cache_bytes_per_token, forward_flops, parameters, read_geometry, train_flops
+from distill.plan import plan
+
+R1 = Geometry(
+    family="deepseek_v3", hidden_size=7168, layers=61, heads=128, intermediate_size=18432, vocab_size=129280,
+    routed_experts=256, experts_per_token=8, moe_intermediate_size=2048, shared_experts=1, dense_layers=3,
+    q_lora_rank=1536, kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128,
+)  # fmt: skip
+LITE = Geometry(
+    family="deepseek_v3", hidden_size=2048, layers=27, heads=16, intermediate_size=10944, vocab_size=102400,
+    routed_experts=64, experts_per_token=6, moe_intermediate_size=1408, shared_experts=2, dense_layers=1,
+    kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128,
+)  # fmt: skip
+LONG = Load(prompt_tokens=200, mean_new_tokens=7680, max_new_tokens=30720, batch_size=64, samples=800_000)
+
+
+def dense(family, hidden, layers, heads, kv, mlp, vocab, tied=False, head_dim=None):
+    return Geometry(
+        family=family, hidden_size=hidden, layers=layers, heads=heads, kv_heads=kv, intermediate_size=mlp,
+        vocab_size=vocab, tie_embeddings=tied, head_dim=head_dim,
+    )  # fmt: skip
+
+
+QWEN_32B = dense("qwen2", 5120, 64, 40, 8, 27648, 152064)
+QWEN3_1_7B = dense("qwen3", 2048, 28, 16, 8, 6144, 151936, True, 128)
+QWEN3_4B = dense("qwen3", 2560, 36, 32, 8, 9728, 151936, True, 128)
+
+
+# --- Geometry ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("geometry", "published"),
+    [
+        (dense("qwen2", 1536, 28, 12, 2, 8960, 151936, True), 1_543_714_304),  # Qwen2.5-1.5B
+        (dense("qwen2", 3584, 28, 28, 4, 18944, 152064), 7_615_616_512),  # Qwen2.5-7B
+        (dense("qwen2", 5120, 48, 40, 8, 13824, 152064), 14_770_033_664),  # Qwen2.5-14B
+        (QWEN_32B, 32_763_876_352),
+        (dense("llama", 4096, 32, 32, 8, 14336, 128256), 8_030_261_248),  # Llama-3.1-8B
+        (dense("llama", 8192, 80, 64, 8, 28672, 128256), 70_553_706_496),  # Llama-3.3-70B
+        (QWEN3_1_7B, 1_720_574_976),
+        (QWEN3_4B, 4_022_468_096),
+        (R1, 671_026_419_200),
+        (LITE, 15_706_484_224 + 26 * 64),  # V2-Lite's sizes, and V3's correction bias in 26 layers
+    ],
+)
+def test_parameters_are_those_of_the_published_checkpoints(geometry, published):
+    assert parameters(geometry).total == published
+
+
+def test_r1_holds_654_billion_in_routed_experts_and_uses_37_billion_a_token():
+    count = parameters(R1)
+    assert count.routed == 58 * 256 * 3 * 7168 * 2048
+    assert count.total - count.routed == pytest.approx(17.1e9, rel=0.01)
+    assert count.active == count.total - count.routed + 58 * 8 * 3 * 7168 * 2048
+    assert 36.5e9 < count.multiplied < count.active < 37.6e9
+
+
+def test_a_small_dense_model_counted_by_hand():
+    g = dense("llama", 8, 2, 2, 1, 16, 10)
+    layer = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16 + 2 * 8  # q, k and v, o, MLP, norms
+    assert parameters(g).total == 2 * layer + 8 + 2 * 10 * 8
+    assert parameters(g).multiplied == parameters(g).total - 10 * 8
+    tied = dense("llama", 8, 2, 2, 1, 16, 10, True)
+    assert (
+        parameters(tied).total == parameters(g).total - 80 and parameters(tied).multiplied == parameters(g).multiplied
+    )
+    assert parameters(dense("qwen2", 8, 2, 2, 1, 16, 10)).total == parameters(g).total + 2 * 16  # biases 8 + 4 + 4
+    assert parameters(dense("qwen3", 8, 2, 2, 1, 16, 10)).total == parameters(g).total + 2 * 8  # norms of q and k
+    # Keys and values: 2 layers x 2 heads x 4 numbers, each for scores and for the sum, 2 operations.
+    assert forward_flops(g, 100) - forward_flops(g, 0) == 100 * 2 * 2 * 2 * (2 * 4)
+    assert train_flops(g, 100) == 3 * forward_flops(g, 50)
+
+
+def test_r1_caches_70_kilobytes_a_token_however_it_is_divided():
+    assert cache_bytes_per_token(R1) == 61 * 576 * 2 == 70_272
+    assert cache_bytes_per_token(R1, tensor_parallel=8) == 70_272
+    assert cache_bytes_per_token(QWEN_32B) == 64 * 2 * 8 * 128 * 2
+    assert cache_bytes_per_token(QWEN_32B, tensor_parallel=4) == 64 * 2 * 2 * 128 * 2
+    assert cache_bytes_per_token(QWEN_32B, tensor_parallel=40) == 64 * 2 * 1 * 128 * 2
+
+
+@pytest.mark.parametrize("content", ["{}", "{", '{"model_type": "gpt2"}', '{"model_type": "llama"}', "[]"])
+def test_a_folder_without_usable_sizes_is_a_model_error(tmp_path, content):
+    with pytest.raises(ModelError, match=r"no .*config\.json"):
+        read_geometry(tmp_path, "teacher.path")
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ModelError, match=r"config\.json"):
+        read_geometry(tmp_path, "teacher.path")
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen2", "qwen3", "llama"])
+def test_parameters_equal_those_of_transformers_on_small_models(family, tmp_path):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"intermediate_size": 80, "vocab_size": 101, "tie_word_embeddings": family == "qwen3", "head_dim": 12}
+    if family == "deepseek_v3":
+        sizes |= {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_shared_experts": 2}
+        sizes |= {"first_k_dense_replace": 1, "q_lora_rank": 20, "kv_lora_rank": 12, "qk_rope_head_dim": 8}
+        sizes |= {"qk_nope_head_dim": 10, "v_head_dim": 14, "n_group": 2, "topk_group": 1, "num_key_value_heads": 4}
+    config = AutoConfig.for_model(family, **sizes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    config.save_pretrained(tmp_path)
+    biases = sum(b.numel() for name, b in model.named_buffers() if name.endswith("e_score_correction_bias"))
+    counted = sum(p.numel() for p in model.parameters()) + biases
+    assert parameters(read_geometry(tmp_path, "teacher.path")).total == counted
+
+
+# --- Memory -----------------------------------------------------------------------------------------------------------
+
+SMALL = {"max_seq_tokens": 4096, "micro_batch_tokens": 4096, "batch_tokens": 65536}
+STATE = ("weights", "gradients", "optimizer")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_weights_gradients_and_optimizer_take_16_bytes_a_parameter_and_zero_divides_them(dtype):
+    count = parameters(QWEN_32B).total
+
+    def state(stage: int, gpus: int) -> float:
+        memory = train_memory(QWEN_32B, Train(zero_stage=stage, dtype=dtype, **SMALL), gpus)
+        return sum(memory[name] for name in STATE)
+
+    assert state(0, 8) == state(3, 1) == 16 * count
+    weights, moments = (2, 12) if dtype == "bfloat16" else (4, 8)
+    assert state(1, 8) == pytest.approx(count * (2 * weights + moments / 8))
+    assert state(2, 8) == pytest.approx(count * (weights + (weights + moments) / 8))
+    assert state(3, 8) == pytest.approx(count * 16 / 8)
+
+
+def test_activations_of_one_token_counted_by_hand():
+    g = dense("llama", 8, 3, 2, 1, 16, 10)
+    layer = 2 * (4 * 8 + 2 * 8 + 2 * 4 + 4 * 16)
+    assert activation_bytes(g, 5, checkpointing=False) == 5 * 3 * layer
+    assert activation_bytes(g, 5, checkpointing=True) == 5 * (3 * 2 * 8 + layer)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_more_gpus_never_need_more_memory_per_gpu(stage, checkpointing):
+    train = Train(zero_stage=stage, activation_checkpointing=checkpointing, **SMALL)
+    needs = [sum(train_memory(QWEN_32B, train, 2**i).values()) for i in range(11)]
+    assert needs == sorted(needs, reverse=True)
+    assert (needs[0] > needs[-1]) == (stage > 0)
+
+
+def test_each_measure_against_a_lack_of_memory_lowers_it():
+    def need(**changes) -> float:
+        return sum(train_memory(QWEN_32B, Train(**(SMALL | {"zero_stage": 2} | changes)), 8).values())
+
+    assert need(zero_stage=3) < need() < need(zero_stage=1)
+    assert need(activation_checkpointing=True) < need()
+    assert need(offload="cpu") < need()
+    assert need(max_seq_tokens=2048, micro_batch_tokens=2048) < need()
+
+
+def test_measured_training_memory_of_1_7b_is_within_a_fifth_of_the_arithmetic():
+    # 13.6 GiB measured on one H100: bfloat16 weights, gradients and moments (8 bytes a parameter), 8192 tokens.
+    train = Train(max_seq_tokens=8192, micro_batch_tokens=8192, activation_checkpointing=True)
+    memory = train_memory(QWEN3_1_7B, train, 1)
+    estimate = 8 * parameters(QWEN3_1_7B).total + memory["activations"]
+    assert estimate == pytest.approx(13.6 * 2**30, rel=0.2)
+
+
+def test_r1_needs_50_gb_on_32_gpus_and_91_on_16_before_its_cache():
+    def without_cache(kind: str, gpus: int, node_share: int) -> float:
+        placement = place(R1, GPUS[kind], gpus, 8, LONG)
+        assert placement.fits and placement.expert_parallel == gpus
+        weights = parameters(R1).routed * 2 / gpus + 2 * (parameters(R1).total - parameters(R1).routed) / node_share
+        return weights + placement.memory["workspace"]
+
+    assert without_cache("h100", 32, 8) == pytest.approx(50 * GB, rel=0.01)
+    assert without_cache("h200", 16, 8) == pytest.approx(91 * GB, rel=0.01)
+    assert not place(R1, GPUS["h100"], 16, 8, LONG).fits
+    assert not place(R1, GPUS["h200"], 8, 8, LONG).fits
+
+
+@pytest.mark.parametrize("kind", sorted(GPUS))
+@pytest.mark.parametrize("gpus", [1, 2, 4, 8, 16, 32, 48, 64, 128])
+@pytest.mark.parametrize("geometry", [R1, LITE, QWEN_32B])
+def test_a_placement_covers_all_gpus_in_copies_that_divide_the_model_evenly(geometry, gpus, kind):
+    placement = place(geometry, GPUS[kind], gpus, 8, LONG)
+    assert placement.copies * placement.size == gpus
+    assert geometry.heads % placement.tensor_parallel == 0 and placement.tensor_parallel <= 8
+    assert placement.size % placement.tensor_parallel == 0
+    assert (geometry.routed_experts or 1) % placement.expert_parallel == 0
+    if placement.fits:
+        assert placement.memory_bytes <= GPUS[kind].memory_bytes
+
+
+def test_a_model_fits_only_with_room_for_one_completion_of_full_length():
+    weights = 2 * parameters(LITE).total + 5 * GB  # on one GPU, with the workspace
+    tokens = int((80 * GB - weights) / cache_bytes_per_token(LITE)) - 200
+    load = {"prompt_tokens": 200, "mean_new_tokens": 100, "batch_size": 1, "samples": 1}
+    assert place(LITE, GPUS["h100"], 1, 8, Load(max_new_tokens=tokens, **load)).fits
+    assert not place(LITE, GPUS["h100"], 1, 8, Load(max_new_tokens=tokens + 1, **load)).fits
+
+
+# --- Time -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("geometry", "tokens_per_s", "mfu"), [(QWEN3_1_7B, 25_876, 0.344), (QWEN3_4B, 12_770, 0.405)])
+def test_operations_of_training_give_the_measured_utilisation(geometry, tokens_per_s, mfu):
+    assert tokens_per_s * train_flops(geometry, 8192) / 989e12 == pytest.approx(mfu, abs=0.004)
+
+
+def test_training_time_by_hand():
+    train = Train(max_seq_tokens=4096, micro_batch_tokens=4096, batch_tokens=16384, activation_checkpointing=True)
+    one = train_seconds(QWEN3_1_7B, train, 1e6, 4096, 1, 8, GPUS["h100"])
+    assert one == pytest.approx(1e6 * train_flops(QWEN3_1_7B, 4096) / (989e12 * 0.35))
+    assert train_seconds(QWEN3_1_7B, train, 1e6, 4096, 4, 8, GPUS["h100"]) == pytest.approx(one / 4)
+    assert train_seconds(QWEN3_1_7B, train, 1e6, 4096, 8, 8, GPUS["h100"]) == pytest.approx(
+        one / 4
+    )  # a batch of 4 rows
+
+
+@pytest.mark.parametrize(("batch", "measured"), [(1, 256), (8, 899), (64, 4415), (256, 12143)])
+def test_decoding_estimates_are_within_a_factor_of_two_of_a_tuned_engine(batch, measured):
+    load = Load(prompt_tokens=512, mean_new_tokens=512, max_new_tokens=512, batch_size=batch, samples=10_000)
+    placement = place(LITE, GPUS["h100"], 1, 8, load)
+    assert measured / 2 < placement.tokens_per_s < 2 * measured
+
+
+def test_scoring_estimate_is_the_measured_speed():
+    assert 1e4 / score_seconds(LITE, 1e4, 4096, 1, GPUS["h100"]) == pytest.approx(48_500, rel=0.05)
+
+
+def test_few_samples_do_not_fill_the_gpus():
+    few, many = (place(LITE, GPUS["h100"], 8, 8, Load(200, 500, 1000, 64, n)).tokens_per_s for n in (8, 100_000))
+    assert few < many / 4
+
+
+# --- The plan of a config ---------------------------------------------------------------------------------------------
+
+
+def config_of(tmp_path, *overrides, **sections):
+    base = {
+        "run": {"name": "t"},
+        "hardware": {"gpus": 64, "gpu": "h100", "price_per_device_hour": 2.5},
+        "prompts": {
+            "train": [{"kind": "hf", "path": "org/train", "limit": 1000}],
+            "eval": [{"kind": "reasoning_gym", "families": {"gcd": 30, "products": 20}}],
+        },
+        "teacher": {"path": "org/r1", "geometry": R1.model_dump(), "sampling": {"n": 4, "max_new_tokens": 1000}},
+        "students": [{"name": "s", "path": "org/b", "loss": {"kind": "response"}, "geometry": QWEN_32B.model_dump()}],
+        "train": {"zero_stage": 3, "activation_checkpointing": True, "batch_tokens": 262144},
+        "eval": {"k": 4, "max_new_tokens": 1000},
+    }
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(base | sections))
+    return load_config(path, overrides)
+
+
+def rows_of(result) -> dict:
+    return {(row.stage, row.model): row for row in result.rows}
+
+
+def test_tokens_and_cost_by_hand(tmp_path):
+    result = plan(config_of(tmp_path))
+    rows = rows_of(result)
+    assert list(rows) == [("traces", "teacher"), ("train", "s"), ("eval", "teacher"), ("eval", "base b"), ("eval", "s")]
+    assert rows["traces", "teacher"].tokens == 4000 * (200 + 250)
+    assert rows["train", "s"].tokens == 4000 * (200 + 250) * 2
+    assert rows["eval", "s"].tokens == 50 * 4 * (200 + 250) + 50 * (200 + 250)
+    for row in result.rows:
+        assert row.gpu_hours == row.hours * 64 and row.cost == row.hours * 64 * 2.5
+    assert result.hours == sum(row.hours for row in result.rows)
+    assert result.cost == pytest.approx(result.hours * 64 * 2.5)
+    assert result.disk["3-logits"] == 4000 * 250 * (12 + 2.5 * 64)
+    assert rows["train", "s"].flops == pytest.approx(rows["train", "s"].tokens * train_flops(QWEN_32B, 450))
+
+
+def test_kept_traces_are_capped_and_stages_follow_the_settings(tmp_path):
+    rows = rows_of(plan(config_of(tmp_path, "traces.max_per_prompt=1", "prompts.max_train=100", "train.epochs=3")))
+    assert rows["train", "s"].tokens == 100 * 1 * 450 * 3
+    assert rows["traces", "teacher"].tokens == 100 * 4 * 450
+    assert rows_of(plan(config_of(tmp_path, "traces.max_per_prompt=9")))["train", "s"].tokens == 4000 * 450 * 2
+    no_capture = plan(config_of(tmp_path, "teacher.capture=null", "publish.student=null"))
+    assert set(no_capture.disk) == {"2-traces", "4-student"}
+
+
+def test_a_student_that_does_not_fit_is_named_with_what_to_change_and_the_advice_is_true(tmp_path):
+    changes = ("train.zero_stage=2", "hardware.gpus=8", "hardware.gpu=h200")
+    config = config_of(tmp_path, *changes, "train.batch_tokens=4194304", "teacher.url=http://localhost:1")
+    result = plan(config, gpus=8, gpu="h100")
+    assert not result.fits and len(result.problems) == 1
+    said = result.problems[0]
+    need = sum(train_memory(QWEN_32B, config.train, 8).values())
+    assert f"s: training needs {need / GB:.0f} GB per GPU with ZeRO-2 on 8 x h100, which has 80. Use " in said
+    for way in said.split(". Use ")[1].rstrip(".").split(" or "):
+        if way.startswith("train."):
+            changed = config_of(tmp_path, *changes, "teacher.url=http://localhost:1", *way.split(" and "))
+            assert plan(changed, gpus=8, gpu="h100").fits, way
+        elif way.endswith(" GPUs"):
+            assert plan(config, gpus=int(way.split()[0]), gpu="h100").fits, way
+            assert not plan(config, gpus=int(way.split()[0]) // 2, gpu="h100").fits, way
+        else:
+            count, kind = way.split(" x ")
+            assert plan(config, gpus=int(count), gpu=kind).fits, way
+
+
+def test_a_teacher_that_does_not_fit_is_named_once_with_the_fewest_gpus(tmp_path):
+    result = plan(config_of(tmp_path), gpus=8)
+    teacher = [p for p in result.problems if p.startswith("teacher:")]
+    assert len(teacher) == 1 and "Use 32 x h100 or 8 x b200." in teacher[0]
+    assert plan(config_of(tmp_path), gpus=32).rows[0].fits and not plan(config_of(tmp_path), gpus=16).rows[0].fits
+    assert result.hours is None and result.cost is None and not result.fits
+    assert rows_of(result)["traces", "teacher"].hours is None
+
+
+def test_text_and_json_say_the_same(tmp_path):
+    result = plan(config_of(tmp_path))
+    text, data = result.render(), json.loads(result.to_json())
+    assert data["fits"] is True and data["gpus"] == 64 and data["hours"] == pytest.approx(result.hours)
+    assert [row["model"] for row in data["rows"]] == [row.model for row in result.rows]
+    for row in data["rows"]:
+        assert row["memory_bytes"] == pytest.approx(sum(row["memory"].values()))
+        assert row["model"] in text
+    assert "671.03B" in text and "32.76B" in text and text.endswith("Everything fits.")
+    assert max(map(len, text.splitlines())) < 200
+    assert "Does not fit" in plan(config_of(tmp_path), gpus=8).render()
+
+
+def test_what_the_plan_cannot_know_is_an_error_and_not_a_guess(tmp_path):
+    with pytest.raises(ConfigError, match=r"prompts\.train\.0\.limit is null"):
+        plan(config_of(tmp_path, "prompts.train.0.limit=null"))
+    with pytest.raises(ModelError, match=r"students\.0\.path is org/b, whose sizes are not known"):
+        plan(config_of(tmp_path, "students.0.geometry=null"))
+    with pytest.raises(ConfigError, match="--gpu is 'v100'"):
+        plan(config_of(tmp_path), gpu="v100")
+    with pytest.raises(ConfigError, match="--gpus is 12"):
+        plan(config_of(tmp_path), gpus=12)
+
+
+def test_a_jsonl_file_is_counted(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n{"a": 3}')
+    train = {"kind": "jsonl", "path": str(tmp_path / "p.jsonl")}
+    config = config_of(tmp_path, f"prompts.train.0={json.dumps(train)}")
+    assert plan(config).rows[0].tokens == 3 * 4 * 450
+
+
+def test_idle_gpus_and_a_remote_teacher_are_noted(tmp_path):
+    result = plan(config_of(tmp_path, "train.batch_tokens=65536", "teacher.url=http://localhost:1"))
+    assert any("feeds 16 GPUs with 4096 tokens each; 48 stand idle" in note for note in result.notes)
+    assert any("http://localhost:1" in note for note in result.notes)
+    assert all(row.model != "teacher" for row in result.rows)
