@@ -1,0 +1,35 @@
+"""One format for every result: benchmarks/results/<what>_<device>_<date>.json, read by people and by benchmarks.check."""
+
+import datetime
+import json
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "transformers", "deepspeed", "numpy")
+
+
+def row(name: str, value: float, unit: str, *, goal: str | None = None, peer: bool = False) -> dict:
+    """One figure. goal: a comparison such as ">= 0.8" that benchmarks.check tests; peer: it belongs to other software."""
+    found = {"name": name, "value": value, "unit": unit}
+    return found | ({"goal": goal} if goal else {}) | ({"peer": True} if peer else {})
+
+
+def write(what: str, question: str, rows: list[dict], *, device: str, commit: str) -> Path:
+    """Writes the result and returns its path; an older result of the same what, device and day is replaced."""
+    date = datetime.date.today().isoformat()
+    result = {
+        "question": question,
+        "command": " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "device": device,
+        "versions": {name: metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "commit": commit,
+        "date": date,
+        "rows": rows,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{what}_{device.split(',')[0].replace(' ', '-')}_{date}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path
