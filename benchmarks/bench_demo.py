@@ -1,10 +1,10 @@
-"""Do distributions teach more than text? The demo with several seeds: response loss against logit loss, equal data and steps.
+"""Do distributions teach more than text? The demo over seeds: response against logit loss, equal data and steps.
 
     python -m benchmarks.bench_demo --seeds 0 1 2
 
-Every seed is a whole run of configs/demo.yaml in its own folder (other prompts drawn, other samples, other data order), so a
-killed benchmark goes on where it stopped. Rows: gap_recovered/<student>/seed<N>, pass_at_1/..., minutes/seed<N>, and the mean
-difference of gap recovered over seeds with its standard error.
+Every seed is a whole run of configs/demo.yaml in its own folder (other samples, other data order), so a killed one
+goes on where it stopped. Rows: gap_recovered/<student>/seed<N>, pass_at_1/..., minutes/seed<N>, and the mean difference
+of gap recovered over seeds with its standard error.
 """
 
 import argparse

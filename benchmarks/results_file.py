@@ -1,4 +1,4 @@
-"""One format for every result: benchmarks/results/<what>_<device>_<date>.json, read by people and by benchmarks.check."""
+"""One format for every result, benchmarks/results/<what>_<device>_<date>.json, for people and for benchmarks.check."""
 
 import datetime
 import json
@@ -12,7 +12,7 @@ PACKAGES = ("torch", "transformers", "deepspeed", "numpy")
 
 
 def row(name: str, value: float, unit: str, *, goal: str | None = None, peer: bool = False) -> dict:
-    """One figure. goal: a comparison such as ">= 0.8" that benchmarks.check tests; peer: it belongs to other software."""
+    """One figure. goal: such as ">= 0.8", tested by benchmarks.check; peer: it belongs to other software."""
     found = {"name": name, "value": value, "unit": unit}
     return found | ({"goal": goal} if goal else {}) | ({"peer": True} if peer else {})
 

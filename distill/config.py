@@ -202,6 +202,7 @@ class Train(Section):
     lr: float = setting(
         1e-5, "peak learning rate", gt=0, lt=1, use="Use 1e-5 for a large student, 1e-3 for a tiny one."
     )
+    embedding_lr_ratio: float = setting(1.0, "learning rate of embedding and head over that of the rest", gt=0, le=1)
     min_lr_ratio: float = setting(0.1, "last learning rate over the peak", ge=0, le=1)
     warmup_ratio: float = setting(0.03, "share of the steps that warm up", ge=0, lt=1)
     weight_decay: float = setting(0.0, "decoupled, as in AdamW", ge=0)

@@ -4,7 +4,7 @@
 class DistillError(Exception):
     """An error meant for a person: `what` is wrong `where`, the `value` found, and the `remedy`.
 
-    `str(error)` is one sentence for the first three and one for the remedy; the entry point prints it without a traceback.
+    `str(error)` is one sentence for the first three and one for the remedy; the entry point prints it, no traceback.
     """
 
     exit_code = 2

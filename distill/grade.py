@@ -43,7 +43,7 @@ def extract_answer(completion_text: str, finish_reason: str) -> Graded | str:
     """The text in the last box after the thinking, or the Graded that says why there is none."""
     if finish_reason == "length":
         return Graded(Verdict.TRUNCATED, None, "the token budget ran out")
-    head, end, tail = completion_text.rpartition(THINK_END)
+    _, end, tail = completion_text.rpartition(THINK_END)
     if not end or THINK_START in tail:
         return Graded(Verdict.TRUNCATED, None, "the thinking is not closed")
     tail = tail[-MAX_TAIL_CHARS:]

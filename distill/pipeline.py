@@ -17,7 +17,7 @@ from pathlib import Path
 from distill import dist, files, prompts, publish, traceset
 from distill.checkpoints import fingerprint_checkpoint, resolve_checkpoint
 from distill.config import Config, Student, stage_spec
-from distill.errors import ConfigError
+from distill.errors import ConfigError, StoreError
 from distill.evals.agreement import dense_scorer
 from distill.evals.report import write_report
 from distill.evals.results import Candidate
@@ -48,6 +48,7 @@ class Pipeline:
                 "traces cannot be sampled from a service yet", where="teacher.url", remedy="Set teacher.path instead."
             )
         publish.check_publish(config)
+        check_tokenizers(config)
         self.config, self.command = config, command
         self.ranks = dist.init_ranks(config.hardware.device)
         self.folder = RunFolder(config.run.dir, config.run.name, commit=commit(), rank=self.ranks.rank)
@@ -103,12 +104,15 @@ class Pipeline:
     def train(self) -> None:
         """4-student/NAME for every student: the traces, learnt."""
         traces, logits = self.folder.stage("traces"), self.folder.stage("logits")
+        opened = []
         for student in self.config.students:
             inputs = {name: self._input(name) for name in ("traces", "logits")}
             inputs["base"] = fingerprint_checkpoint(student.path)
-            stage = self._open("train", inputs, part=student.name)
-            if self._skip(stage):
-                continue
+            opened.append((student, self._open("train", inputs, part=student.name)))
+        todo = [(student, stage) for student, stage in opened if not self._skip(stage)]
+        read = [traces, logits] if any(student.loss.kind == "logits" for student, _ in todo) else [traces]
+        self._verify(read if todo else [])
+        for student, stage in todo:
             counts = dict(train_student(self.config, student, traces, logits, stage, self.ranks, self.tracker))
             wall_s = counts.pop("wall_s")
             prints = self.ranks.on_main(lambda stage=stage: {"model": fingerprint_checkpoint(stage.path / MODEL)})
@@ -128,7 +132,7 @@ class Pipeline:
         self.ranks.on_main(lambda: self._report(stage))
 
     def publish(self) -> None:
-        """6-publish: the chosen student as a Hugging Face folder with its model card, uploaded if the config says so."""
+        """6-publish: the chosen student as a Hugging Face folder with its card, uploaded if the config says so."""
         stage = self._open("publish", {"eval": self._input("eval")})
         if self.config.publish.student is None or self._skip(stage):
             return
@@ -243,11 +247,40 @@ class Pipeline:
         """The hash of a finished earlier stage; an error that names it when it has not finished."""
         return self.folder.stage(name, part).manifest_hash
 
+    def _verify(self, stages: list[StageFolder]) -> None:
+        """Compares every shard with its checksum, each rank a share: damage is found before the work, not in it."""
+        shards = [(stage, shard.name) for stage in stages for shard in stage.shards()]
+        problem = None
+        try:
+            for stage, name in shards[self.ranks.rank :: self.ranks.world]:
+                stage.check_shard(name)
+        except StoreError as error:
+            problem = error
+        if damaged := [each for each in self.ranks.gather(problem) if each]:
+            raise damaged[0]
+
     def _skip(self, stage: StageFolder, quiet: bool = False) -> bool:
         done = self.ranks.on_main(lambda: stage.done)
         if done and not quiet:
             self.ranks.print(f"{stage.title}: finished before, skipped (took {stage.manifest['wall_s']:.0f} s)")
         return done
+
+
+def check_tokenizers(config: Config) -> None:
+    """Returns if every student that learns from distributions has the teacher's tokens; ConfigError else."""
+    for number, student in enumerate(config.students):
+        if student.loss.kind == "logits" and not same_tokenizer(student.path, config.teacher.path):
+            raise ConfigError(
+                "its tokenizer is not the teacher's, so distributions over the teacher's tokens do not fit it",
+                where=f"students.{number}.path",
+                value=student.path,
+                remedy=f"Set students.{number}.loss to kind: response and alpha: 0, or take a student with the "
+                "teacher's tokenizer.",
+            )
+
+
+def same_tokenizer(one: str, other: str) -> bool:
+    return fingerprint(load_tokenizer(one)) == fingerprint(load_tokenizer(other))
 
 
 def candidate(name: str, role: str, path: str, **more: str) -> Candidate:

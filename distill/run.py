@@ -1,8 +1,7 @@
 """The stages in order: `deepspeed distill/run.py --config configs/demo.yaml`, or `python -m distill.run` for one rank.
 
 Every rank runs this file. It validates the whole config before any work, then runs prompts, traces, train, eval and
-publish; a stage that is finished is skipped, one that was interrupted goes on. The only module that imports both teachers
-and students.
+publish; a stage that is finished is skipped, one that was interrupted goes on.
 """
 
 import argparse

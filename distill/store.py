@@ -30,6 +30,7 @@ STAGES = {
     "publish": "6-publish",
 }
 _STATE, _MANIFEST = "stage.json", "manifest.json"
+_COMMAND = {"logits": "traces"}  # captured while traces are sampled: no command names that stage alone
 _ABSENT = object()
 
 
@@ -127,7 +128,7 @@ class StageFolder:
         """Itself, bound to its resolved config `spec` and to what the stage reads (`inputs`: name -> hash).
 
         Rank 0 takes the run's lock, removes temporary files of dead processes and writes stage.json; the others call
-        this after it. StoreError if another spec or other inputs made the folder: each differing key with both values.
+        this after it. StoreError if another spec or other inputs made what is there: each differing key, both values.
         """
         main = self.run.rank == 0
         identity = files.plain({"schema": SCHEMA_VERSION, "spec": spec, "inputs": inputs}, self.path)
@@ -135,9 +136,10 @@ class StageFolder:
             self.run.lock()
         found = self._state_on_disk()
         if found and _identity_of(found) != identity:
-            if not (main and self.run.overwrite):
+            if main and self.run.overwrite:
+                self.run.restart(self.name)
+            elif not (main and self._holds_nothing()):
                 raise self._made_by_another(_identity_of(found), identity)
-            self.run.restart(self.name)
             found = None
         if not main and found is None:
             remedy = "Put a barrier between rank 0's open and this one."
@@ -171,8 +173,7 @@ class StageFolder:
         """manifest.json of a finished stage; StoreError if the stage has not finished."""
         path = self.path / _MANIFEST
         if not path.exists():
-            remedy = f"Run it first: --stages {self.name}."
-            raise StoreError("this stage has not finished", where=str(self.path), remedy=remedy)
+            raise StoreError("this stage has not finished", where=str(self.path), remedy=self._run_remedy())
         manifest = files.read_json(path, self._restart_remedy())
         if missing := {"hash", "content_hash", "shards"} - manifest.keys():
             raise StoreError(f"lacks {sorted(missing)}", where=str(path), remedy=self._restart_remedy())
@@ -180,8 +181,13 @@ class StageFolder:
 
     @property
     def manifest_hash(self) -> str:
-        """What a later stage gives as input: sha256 over this stage's hash, shards and fingerprints, not its costs."""
-        return self.manifest["content_hash"]
+        """What a later stage gives as input: sha256 over this stage's hash, shards and fingerprints, not its costs.
+        StoreError if the stage has not finished or lost a shard: a later stage must not do with less."""
+        manifest = self.manifest
+        if lost := [shard["name"] for shard in manifest["shards"] if not self.has_shard(shard["name"])]:
+            what = f"the shard is gone ({len(lost)} of {len(manifest['shards'])} are)"
+            raise StoreError(what, where=str(self._path_of(lost[0])), remedy=self._run_remedy())
+        return manifest["content_hash"]
 
     def has_shard(self, name: str) -> bool:
         """True if the shard is finished: data file and sidecar. Its bytes are not read; check_shard does."""
@@ -231,8 +237,7 @@ class StageFolder:
             with files.replacing(path) as temporary:
                 writer(temporary)
                 if not temporary.is_file():
-                    remedy = "It must write exactly the path it is given."
-                    raise StoreError("the writer made no file", where=str(temporary), remedy=remedy)
+                    raise StoreError("the writer made no file", where=str(temporary), remedy="It must write this one.")
                 record = {"sha256": files.file_sha256(temporary), "bytes": temporary.stat().st_size, "info": info or {}}
                 _sidecar(path).unlink(missing_ok=True)  # an old sidecar must never describe new bytes
             record["wall_s"] = time.monotonic() - started_s if wall_s is None else wall_s
@@ -287,8 +292,7 @@ class StageFolder:
     def _shard(self, name: str) -> Shard:
         path = self._path_of(name)
         if not self.has_shard(name):
-            remedy = f"Run again: --stages {self.name}."
-            raise StoreError("the shard is not there or not finished", where=str(path), remedy=remedy)
+            raise StoreError("the shard is not there or not finished", where=str(path), remedy=self._run_remedy())
         record = files.read_json(_sidecar(path), _delete_remedy(path))
         try:
             return Shard(name, path, **{key: record[key] for key in _RECORDED})
@@ -302,8 +306,7 @@ class StageFolder:
 
     def _require_open(self) -> None:
         if self.hash is None:
-            remedy = "Call open(spec, inputs) first."
-            raise StoreError("the stage is written before it was opened", where=str(self.path), remedy=remedy)
+            raise StoreError("the stage is written before it was opened", where=str(self.path), remedy="Open it first.")
 
     def _state_on_disk(self) -> dict | None:
         for name in (_STATE, _MANIFEST):
@@ -314,10 +317,18 @@ class StageFolder:
             raise StoreError(what, where=str(self.path), remedy=self._restart_remedy())
         return None
 
+    def _holds_nothing(self) -> bool:
+        """Whether a launch opened the stage and wrote nothing: it may be opened again with a corrected config."""
+        return all(entry.name == _STATE or entry.name.startswith(".") for entry in self.path.iterdir())
+
+    def _run_remedy(self) -> str:
+        return f"Run it first: --stages {_COMMAND.get(self.name, self.name)}; what is there is kept."
+
     def _restart_remedy(self) -> str:
-        later = list(STAGES)[list(STAGES).index(self.name) + 1 :]
+        name = _COMMAND.get(self.name, self.name)
+        later = list(STAGES)[list(STAGES).index(name) + 1 :]
         others = f" and all later ones ({', '.join(later)})" if later else ""
-        return f"Pass --restart {self.name}: it deletes this stage{others}; or set another run.name."
+        return f"Pass --restart {name}: it deletes this stage{others}; or set another run.name."
 
     def _made_by_another(self, found: dict, wanted: dict) -> StoreError:
         there, here = _flatten(found), _flatten(wanted)
@@ -379,10 +390,9 @@ def _wall_s(shards: list[Shard]) -> float:
 def _versions() -> dict[str, str | None]:
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in ("torch", "transformers", "deepspeed"):
-        try:
+        versions[package] = None
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
     return versions
 
 

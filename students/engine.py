@@ -74,7 +74,7 @@ class StudentEngine:
         When the norm is not finite the weights and the optimizer's state stay as they were and the norm is returned.
         """
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_ratio", 1.0)
         if self.stage > 0:
             self._engine.step()  # refuses an invalid norm by itself, before any weight changes
             return float(self._engine.get_global_grad_norm())
@@ -162,7 +162,20 @@ def _adamw(module: nn.Module, train: Train) -> torch.optim.Optimizer:
 
 
 def _groups(module: nn.Module, train: Train) -> list[dict]:
-    """Matrices decay, gains and biases do not."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    matrices, others = ([p for p in parameters if (p.dim() >= 2) == wide] for wide in (True, False))
-    return [{"params": matrices, "weight_decay": train.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    """Matrices decay, gains and biases do not; embedding and head may learn at a rate of their own.
+
+    Adam moves the row of a rare token by several times lr each time it is seen: a high lr wipes out what the base knew.
+    """
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    slow = (
+        [p for name, p in named if "embed_tokens" in name or "lm_head" in name] if train.embedding_lr_ratio < 1 else []
+    )
+    chosen = {id(p) for p in slow}
+    matrices, others = (
+        [p for _, p in named if id(p) not in chosen and (p.dim() >= 2) == wide] for wide in (True, False)
+    )
+    groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if slow:
+        ratio = train.embedding_lr_ratio
+        groups.append({"params": slow, "weight_decay": train.weight_decay, "lr_ratio": ratio})
+    return groups

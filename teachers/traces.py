@@ -1,7 +1,7 @@
 """The traces stage: prompts -> graded traces, with the teacher's distributions captured in the same pass.
 
-One shard of prompts is sampled, graded and written before the next begins, so that a killed run repeats at most one shard
-a rank. The logits shard is written first: a trace shard never exists without its distributions.
+One shard of prompts is sampled, graded and written before the next begins, so that a killed run repeats at most one
+shard a rank. The logits shard is written first: a trace shard never exists without its distributions.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Text the bundled models learn from: worked solutions for the teacher, direct answers and general skills for the students.
+"""What the bundled models learn from: worked solutions (teacher), direct answers and general skills (bases).
 
 Documents are made by seed and chunk number alone, so the same command gives the same corpus on any number of processes.
 """
@@ -84,7 +84,7 @@ def build(style: str, tokenizer_path: str | Path, docs: int, seed: int, workers:
 def batches(corpus: Corpus, batch_tokens: int, steps: int, seed: int, multiple: int = 16):
     """Yield `steps` pairs (ids_BL, labels_BL) of int64 numpy arrays of about `batch_tokens` tokens.
 
-    Documents of similar length share a batch (padded to a multiple), so that little is wasted; prompts and padding are -100.
+    Documents of similar length share a batch (padded to a multiple): little is wasted. Prompts and padding are -100.
     """
     rng = np.random.default_rng(seed)
     lengths = np.diff(corpus.starts_D1)

@@ -1,7 +1,7 @@
 """Measure the bundled teacher on held-out problems and write its model card: `python -m teachers.tiny.evaluate`.
 
-Only problems of the held-out tenth are asked, which neither the teacher nor the students were trained on. The load of each
-expert is counted over the tokens of the sampled solutions.
+Only problems of the held-out tenth are asked, which neither the teacher nor the students were trained on. The load of
+each expert is counted over the tokens of the sampled solutions.
 """
 
 import argparse
@@ -50,7 +50,11 @@ def measure(engine: TeacherEngine, prompts: list[Prompt], k: int, seed: int) -> 
     drawn = {(s.key, s.sample_index): s for s in tqdm(engine.sample(requests, PARAMS), total=len(requests))}
     samples = [drawn[r.key, r.sample_index] for r in requests]
     with Grader() as grader:
-        items = [(p, engine.decode(drawn[p.key, i].completion_ids), drawn[p.key, i].finish_reason) for p in prompts for i in range(k)]
+        items = [
+            (p, engine.decode(drawn[p.key, i].completion_ids), drawn[p.key, i].finish_reason)
+            for p in prompts
+            for i in range(k)
+        ]
         verdicts = [graded.verdict for graded in grader.grade(items)]
     right = [np.nan if v == Verdict.ERROR else float(v == Verdict.CORRECT) for v in verdicts]
     return np.array(right).reshape(len(prompts), k), samples
@@ -79,56 +83,42 @@ def by_family(prompts: list[Prompt], right_PK: np.ndarray) -> list[dict]:
 
 
 def card(training: dict, result: dict) -> str:
-    """The model card of the bundled teacher."""
-    rows = "\n".join(
-        f"| {r['family']} | {100 * r['pass_at_1']:.1f} % | {100 * r['ci_low']:.1f} - {100 * r['ci_high']:.1f} % | {r['problems']} |"
-        for r in result["families"]
-    )
-    loads = "\n".join(f"| {i + 1} | {row['least']:.2f} | {row['most']:.2f} |" for i, row in enumerate(result["expert_load"]))
+    """The model card of the bundled teacher: card.md with the figures of training.json and evaluation.json put in."""
     geometry = training["recipe"]["geometry"]
-    return f"""---
-license: apache-2.0
-library_name: transformers
-pipeline_tag: text-generation
-tags: [reasoning, mixture-of-experts]
----
-
-# The bundled tiny teacher
-
-A DeepSeek-V3 mixture of experts with {training["parameters"] / 1e6:.1f} million parameters that reasons aloud before it answers:
-latent attention (query rank {geometry["q_lora_rank"]}, key-value rank {geometry["kv_lora_rank"]}), {geometry["num_hidden_layers"]} layers of which the first is dense,
-{geometry["n_routed_experts"]} routed experts in {geometry["n_group"]} groups with top-{geometry["num_experts_per_tok"]} sigmoid routing and correction bias, one shared expert. It was trained from
-scratch on solutions worked out by a compiler (distill/tasks/compiler.py); nothing was downloaded. It exists so that every
-stage of this project can be tried on a laptop; it knows nothing else.
-
-## Training
-
-    {training["command"]}
-
-{training["train_s"] / 60:.1f} minutes on one {training["device"]} after {training["corpus_s"] / 60:.1f} minutes of making {training["corpus_tokens"] / 1e6:.0f} million tokens on its
-host's processors; {training["steps"]} steps, seed {training["seed"]}, torch {training["torch"]}. The loss curve is in training.json.
-
-## Accuracy on held-out problems
-
-    {result["command"]}
-
-pass@1 over {result["k"]} samples of each problem, temperature {PARAMS.temperature}, top-p {PARAMS.top_p}, 95 % interval clustered by problem.
-The problems belong to the tenth of all texts, by hash, that no model here was trained on.
-
-| family | pass@1 | 95 % interval | problems |
-|---|---|---|---|
-{rows}
-
-Mean length of a solution: {result["mean_tokens"]:.0f} tokens; cut off by the budget: {100 * result["truncated_share"]:.1f} %.
-
-## Load of the experts
-
-Tokens received as a multiple of the fair load, over the sampled solutions.
-
-| MoE layer | least loaded expert | most loaded expert |
-|---|---|---|
-{loads}
-"""
+    rows = [
+        [
+            r["family"],
+            f"{100 * r['pass_at_1']:.1f} %",
+            f"{100 * r['ci_low']:.1f} - {100 * r['ci_high']:.1f} %",
+            r["problems"],
+        ]
+        for r in result["families"]
+    ]
+    loads = [[i + 1, f"{row['least']:.2f}", f"{row['most']:.2f}"] for i, row in enumerate(result["expert_load"])]
+    return (
+        (HERE / "card.md")
+        .read_text()
+        .format(
+            **geometry,
+            millions=training["parameters"] / 1e6,
+            corpus_millions=training["corpus_tokens"] / 1e6,
+            train_minutes=training["train_s"] / 60,
+            corpus_minutes=training["corpus_s"] / 60,
+            train_command=training["command"],
+            device=training["device"],
+            steps=training["steps"],
+            seed=training["seed"],
+            torch=training["torch"],
+            evaluate_command=result["command"],
+            k=result["k"],
+            temperature=PARAMS.temperature,
+            top_p=PARAMS.top_p,
+            mean_tokens=result["mean_tokens"],
+            truncated=100 * result["truncated_share"],
+            families="\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows),
+            loads="\n".join("| " + " | ".join(map(str, row)) + " |" for row in loads),
+        )
+    )
 
 
 def main() -> None:

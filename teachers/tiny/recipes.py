@@ -1,4 +1,4 @@
-"""The four bundled models: geometry, tokenizer, training text and schedule of each. Change a number, retrain, see the card."""
+"""The four bundled models: geometry, tokenizer, training text and schedule of each. Change one and retrain."""
 
 from dataclasses import dataclass
 

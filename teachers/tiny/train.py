@@ -38,7 +38,7 @@ ARCHITECTURES = {
 
 
 def build_model(recipe: Recipe, tokenizer) -> PreTrainedModel:
-    """A freshly initialised model in bf16 (router bias in fp32) that fits the tokenizer, rows padded to a multiple of 64."""
+    """A freshly initialised bf16 model (router bias fp32) that fits the tokenizer, rows padded to a multiple of 64."""
     config_class, model_class = ARCHITECTURES[recipe.architecture]
     config = config_class(
         vocab_size=-(-len(tokenizer) // 64) * 64,

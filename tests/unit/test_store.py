@@ -161,7 +161,7 @@ def test_writing_before_open_is_refused(run):
 
 
 def test_a_folder_of_another_config_names_each_differing_key_both_values_and_the_remedy(run):
-    opened(run)
+    put(opened(run), "a.bin", b"x")
     other = {"teacher": {"sampling": {"n": 8, "top_p": 0.95}, "dtype": "bfloat16"}, "families": ["gcd"]}
     with pytest.raises(StoreError) as caught:
         run.stage("traces").open(other, {"prompts": "bb22"})
@@ -175,7 +175,7 @@ def test_a_folder_of_another_config_names_each_differing_key_both_values_and_the
 
 
 def test_lists_of_sections_differ_by_index(run):
-    run.stage("prompts").open({"train": [{"seed": 1}, {"seed": 2}]}, {})
+    put(run.stage("prompts").open({"train": [{"seed": 1}, {"seed": 2}]}, {}), "a.bin", b"x")
     with pytest.raises(StoreError, match=r"train\[1\]\.seed is 2 there, 3 now"):
         run.stage("prompts").open({"train": [{"seed": 1}, {"seed": 3}]}, {})
 
@@ -190,11 +190,32 @@ def test_each_part_of_a_stage_has_its_own_state_and_is_deleted_with_the_stage(ru
     small.finish({"steps": 3}, fingerprints={"model": "m"})
     assert small.done and not large.done and small.title == "4-student/small" == small.manifest["stage"]
     assert small.path == run.path / "4-student/small"
+    put(large, "a.bin", b"x")
     with pytest.raises(StoreError, match="lr is 2 there, 1 now"):
         run.stage("train", "large").open({"lr": 1}, INPUTS)
     with pytest.raises(StoreError, match="is not a folder name"):
         run.stage("train", "../small")
     assert run.restart("train") == ["train"] and not small.path.exists()
+
+
+def test_a_stage_in_which_nothing_was_made_takes_a_corrected_config(run):
+    opened(run)
+    corrected = run.stage("traces").open({"n": 2}, INPUTS)
+    assert corrected.hash == run.stage("traces").open({"n": 2}, INPUTS).hash
+    put(corrected, "a.bin", b"x")
+    with pytest.raises(StoreError, match="n is 2 there, 3 now"):
+        run.stage("traces").open({"n": 3}, INPUTS)
+
+
+def test_a_finished_stage_that_lost_a_shard_is_no_input_and_names_the_command_that_makes_it(run):
+    for name in ("traces", "logits"):
+        stage = opened(run, name)
+        put(stage, "a.bin", b"x")
+        put(stage, "b.bin", b"x")
+        stage.finish({})
+        (stage.path / "b.bin").unlink()
+        with pytest.raises(StoreError, match=r"b\.bin: the shard is gone \(1 of 2 are\).*--stages traces;"):
+            _ = run.stage(name).manifest_hash
 
 
 def test_overwrite_deletes_this_stage_and_later_ones_only(run):

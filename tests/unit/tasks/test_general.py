@@ -1,5 +1,6 @@
 """Direct questions: answers checked by an independent reading of the question."""
 
+import itertools
 import random
 import re
 
@@ -43,7 +44,7 @@ def test_sorting_keeps_the_items_and_orders_them():
         given, answer = p.text.split(": ")[1].split(", "), p.answer.split(", ")
         key = int if given[0].isdigit() else str
         assert sorted(given) == sorted(answer) and 3 <= len(given) <= 6
-        assert all(key(a) < key(b) for a, b in zip(answer, answer[1:], strict=False))
+        assert all(key(a) < key(b) for a, b in itertools.pairwise(answer))
 
 
 def test_facts_are_true():
