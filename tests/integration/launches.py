@@ -71,8 +71,9 @@ def small_config(run_dir: Path) -> dict:
     config["run"] = {"name": "small", "dir": str(run_dir), "seed": 0}
     config["hardware"]["device"] = "cpu"
     families = ["chain_sum", "count_bits"]
-    config["prompts"]["train"][0] |= {"families": families, "per_family": 12, "levels": [1]}
-    config["prompts"]["eval"][0] |= {"families": families, "per_family": 6, "levels": [1]}
+    train, held_out = (config["prompts"][split][0] for split in ("train", "eval"))
+    config["prompts"]["train"] = [train | {"families": families, "per_family": 12, "levels": [1]}]
+    config["prompts"]["eval"] = [held_out | {"families": families, "per_family": 6, "levels": [1]}]
     config["teacher"] |= {"batch_size": 16}
     config["teacher"]["sampling"]["max_new_tokens"] = 120
     config["traces"]["shard_prompts"] = 8

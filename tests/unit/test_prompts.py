@@ -255,7 +255,7 @@ def test_an_edited_source_file_is_noticed(run, tmp_path):
     Path(folder.path).mkdir()
     (Path(folder.path) / "x.parquet").write_bytes(b"1")
     section = config([source, folder], [held_out])
-    opened(run, section)
+    opened(run, section).write_shard("train.parquet", lambda path: path.write_bytes(b"x"))
     for edited, text in ((source.path, "B"), (folder.path + "/x.parquet", "2")):
         before = Path(edited).read_bytes()
         Path(edited).write_text(text)
