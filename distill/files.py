@@ -31,6 +31,8 @@ _REFUSED = {
     errno.ENOLCK,
     errno.ENOTSUP,
 }
+# What torch.save says when the file system took only a part of a file; it keeps no code.
+_CUT_SHORT = ("inline_container", "iostream error", "PytorchStreamWriter")
 _LOCKS: dict[str, int] = {}  # lock file -> descriptor held by this process
 
 
@@ -193,10 +195,13 @@ def disk_errors(folder: Path) -> Iterator[None]:
         yield
     except Exception as error:
         number = error.errno if isinstance(error, OSError) else None
-        # Libraries written in Rust raise errors of their own class with only the text of the code.
-        if number in _FULL or (number is None and "No space left on device" in str(error)):
+        # Libraries written in Rust and C++ raise errors of their own class with only a text.
+        says = str(error) if number is None else ""
+        cut_short = any(text in says for text in _CUT_SHORT)
+        if number in _FULL or "No space left on device" in says or cut_short:
+            what = "a file could not be written to its end" if cut_short else "the disk is full"
             raise StoreError(
-                f"the disk is full: {_free_bytes(folder)} bytes are free",
+                f"{what}: {_free_bytes(folder)} bytes are free",
                 where=str(folder),
                 remedy="Free some space or move the run to another disk (run.dir), then run again: "
                 "every finished shard is kept.",

@@ -29,11 +29,17 @@ SHARD_BYTES = 4_000_000_000
 def save_checkpoint(engine: StudentEngine, folder: Path, step: int, state: dict, ranks: Ranks, keep: int) -> Path:
     """folder/step-NNNNNN with weights, optimizer state and `state`; then drops all but the last `keep` checkpoints."""
     final = folder / f"step-{step:06d}"
-    with files.disk_errors(folder):
-        temporary = ranks.on_main(lambda: _fresh(files.temporary_path(final)))
-        engine.save(folder, temporary.name)
-        ranks.barrier()
-        ranks.on_main(lambda: _complete(temporary, final, {**state, "step": step}, keep))
+    temporary = None
+    try:
+        with files.disk_errors(folder):
+            temporary = ranks.on_main(lambda: _fresh(files.temporary_path(final)))
+            engine.save(folder, temporary.name)
+            ranks.barrier()
+            ranks.on_main(lambda: _complete(temporary, final, {**state, "step": step}, keep))
+    except BaseException:
+        if temporary is not None and ranks.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)  # half a checkpoint would keep a full disk full
+        raise
     return final
 
 

@@ -1,4 +1,9 @@
-"""The uninterrupted run that the tests of this folder compare with, and the launching of many cases side by side."""
+"""The uninterrupted run that the tests of this folder compare with, and the launching of all cases side by side.
+
+A test marked `ahead(outcome=function)` gets function(case, reference, scratch) as its `outcome`: `case` is its parameter of
+that name, `reference()` waits for the uninterrupted run. The outcomes of all selected tests are worked out from the
+first test of this folder on, two at a time, so that two cores are used; tests that share function and case share it.
+"""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -7,6 +12,12 @@ from pathlib import Path
 
 import pytest
 from launches import SECRETS, Launch, distill, environment, run, small_config, write_config
+
+CORES = 2
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "ahead(outcome): `outcome` is function(case, reference, scratch)")
 
 
 @dataclass(frozen=True)
@@ -19,10 +30,8 @@ class Reference:
     launch: Launch
 
 
-@pytest.fixture(scope="session")
-def reference(tmp_path_factory) -> Reference:
+def run_reference(scratch: Path) -> Reference:
     """One run from start to end, with secrets in the environment, W&B offline and no network."""
-    scratch = tmp_path_factory.mktemp("reference")
     config = small_config(scratch / "runs")
     config["tracking"]["wandb"] = "offline"
     path = write_config(scratch / "small.yaml", config)
@@ -30,31 +39,31 @@ def reference(tmp_path_factory) -> Reference:
     return Reference(scratch / "runs" / "small", path, scratch, launch)
 
 
+def wanted(item: pytest.Item) -> tuple[Callable, str | None] | None:
+    """(function, case) of a test that is marked ahead."""
+    marker = item.get_closest_marker("ahead")
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    return marker and (marker.kwargs["outcome"], params.get("case"))
+
+
 @pytest.fixture(scope="session")
-def workers() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(2) as pool:
-        yield pool
+def started(request, tmp_path_factory) -> Iterator[dict[tuple[Callable, str | None] | None, Future]]:
+    """The future of every outcome that a selected test wants; that of the reference run under None."""
+    with ThreadPoolExecutor(CORES) as pool:
+        futures = {None: pool.submit(run_reference, tmp_path_factory.mktemp("reference"))}
+        for item in request.session.items:
+            if (key := wanted(item)) is not None and key not in futures:
+                function, case = key
+                futures[key] = pool.submit(function, case, futures[None].result, tmp_path_factory.mktemp("case"))
+        yield futures
         pool.shutdown(cancel_futures=True)
 
 
-_FUTURES: dict[tuple[str, str], Future] = {}
+@pytest.fixture(scope="session")
+def reference(started) -> Reference:
+    return started[None].result()
 
 
 @pytest.fixture
-def ahead(request, workers, tmp_path_factory) -> Callable[[Callable, str], object]:
-    """ahead(function, "case"): function(case, scratch) of this test's case; those of all its selected cases start now.
-
-    The test has one parameter, named by the second argument.
-    """
-
-    def result(function: Callable, parameter: str) -> object:
-        test = request.node.originalname
-        for item in request.session.items:
-            if item.path == request.node.path and getattr(item, "originalname", None) == test:
-                case = item.callspec.params[parameter]
-                if (test, item.name) not in _FUTURES:
-                    scratch = tmp_path_factory.mktemp("case")
-                    _FUTURES[test, item.name] = workers.submit(function, case, scratch)
-        return _FUTURES[test, request.node.name].result()
-
-    return result
+def outcome(request, started):
+    return started[wanted(request.node)].result()

@@ -79,7 +79,7 @@ def small_config(run_dir: Path) -> dict:
     config["traces"]["shard_prompts"] = 8
     config["train"] |= {"epochs": 3, "max_seq_tokens": 256, "batch_tokens": 512, "micro_batch_tokens": 256}
     config["train"] |= {"lr": 3e-4, "checkpoint_steps": 2}
-    config["eval"] |= {"max_new_tokens": 120, "batch_size": 48, "permutations": 400}
+    config["eval"] |= {"k": 2, "max_new_tokens": 120, "batch_size": 48, "permutations": 400}
     config["tracking"]["wandb"] = "disabled"
     return config
 

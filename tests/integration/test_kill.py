@@ -2,6 +2,7 @@
 
 import json
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,10 +38,10 @@ MIDDLE = {
 }
 
 
-def kill_and_go_on(stage: str, source: Path, scratch: Path) -> Path:
+def kill_and_go_on(stage: str, reference: Callable, scratch: Path) -> Path:
     """The run folder after one launch killed in the middle of the stage and one that was left alone."""
     run_dir = scratch / "runs"
-    folder = copy_run(source, run_dir, stage)
+    folder = copy_run(reference().folder, run_dir, stage)
     config = write_config(scratch / "small.yaml", small_config(run_dir))
     stages, middle, finished = MIDDLE[stage]
     killed = run_until(distill(config, "--stages", stages), scratch, lambda: middle(folder), signal.SIGKILL)
@@ -61,14 +62,10 @@ def shard_is_whole(path: Path) -> bool:
     return path.with_name(path.name + ".json").exists()
 
 
-@pytest.fixture
-def outcome(reference, ahead) -> Path:
-    return ahead(lambda stage, scratch: kill_and_go_on(stage, reference.folder, scratch), "stage")
-
-
-@pytest.mark.parametrize("stage", MIDDLE)
-def test_a_run_killed_in_a_stage_ends_like_one_that_was_not(stage, outcome, reference):
-    folder, whole = outcome, reference.folder
+@pytest.mark.ahead(outcome=kill_and_go_on)
+@pytest.mark.parametrize("case", MIDDLE)
+def test_a_run_killed_in_a_stage_ends_like_one_that_was_not(case, outcome, reference):
+    stage, folder, whole = case, outcome, reference.folder
     survivors = json.loads((folder.parent.parent / "survivors.json").read_text())
     assert {name: times(folder).get(name) for name in survivors} == survivors, "a finished shard was made again"
     assert not [path for path in folder.rglob("*.tmp-*")], "left-overs of the killed launch"

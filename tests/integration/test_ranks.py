@@ -2,6 +2,7 @@
 
 import json
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,15 +24,22 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory) -> Path:
-    scratch = tmp_path_factory.mktemp("ranks")
+def run_two_ranks(case: None, reference: Callable, scratch: Path) -> Path:
+    """The run folder of a launch of two ranks."""
     config = write_config(scratch / "small.yaml", small_config(scratch / "runs"))
     launcher = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), "distill/run.py"]
     launch = run([*launcher, "--config", str(config)], scratch, environment(scratch)).ok()
     assert launch.out.count("2-traces: kept") == 1  # rank 1 says nothing
     assert not (scratch / "network.log").exists(), (scratch / "network.log").read_text()
     return scratch / "runs" / "small"
+
+
+pytestmark = pytest.mark.ahead(outcome=run_two_ranks)
+
+
+@pytest.fixture
+def two_ranks(outcome) -> Path:
+    return outcome
 
 
 def test_two_ranks_sample_the_same_traces_and_the_same_distributions(two_ranks, reference):
