@@ -1,7 +1,7 @@
 """The uninterrupted run that the tests of this folder compare with, and the launching of all cases side by side.
 
-A test marked `ahead(outcome=function)` gets function(case, reference, scratch) as its `outcome`: `case` is its parameter of
-that name, `reference()` waits for the uninterrupted run. The outcomes of all selected tests are worked out from the
+A test marked `ahead(outcome=function)` gets function(case, reference, scratch) as its `outcome`: `case` is its parameter
+of that name, `reference()` waits for the uninterrupted run. The outcomes of all selected tests are worked out from the
 first test of this folder on, two at a time, so that two cores are used; tests that share function and case share it.
 """
 
