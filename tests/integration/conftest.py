@@ -1,8 +1,8 @@
 """The uninterrupted run that the tests of this folder compare with, and the launching of all cases side by side.
 
-A test marked `ahead(outcome=function)` gets function(case, reference, scratch) as its `outcome`: `case` is its parameter
-of that name, `reference()` waits for the uninterrupted run. The outcomes of all selected tests are worked out from the
-first test of this folder on, two at a time, so that two cores are used; tests that share function and case share it.
+A test marked `ahead(outcome=function)` gets function(case, reference, scratch) as its `outcome`: `case` is its
+parameter of that name, `reference()` waits for the uninterrupted run. The outcomes of all selected tests are worked out
+from the first test of this folder on, two at a time; tests that share function and case share it.
 """
 
 from collections.abc import Callable, Iterator
