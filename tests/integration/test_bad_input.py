@@ -383,7 +383,7 @@ def fill(case: str, reference: Callable, scratch: Path) -> FullDisk | None:
         launch = run(command, scratch)
         after, left = contents(folder), list(folder.rglob(".*.tmp-*"))
         ballast.unlink()
-        subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True, capture_output=True)
+        subprocess.run(["mount", "-o", "remount,size=600m", str(disk)], check=True, capture_output=True)
         return FullDisk(folder, launch, before, after, left, run(command, scratch), contents(folder))
 
 
