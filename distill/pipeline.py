@@ -52,8 +52,12 @@ class Pipeline:
         self.config, self.command = config, command
         self.ranks = dist.init_ranks(config.hardware.device)
         self.folder = RunFolder(config.run.dir, config.run.name, commit=commit(), rank=self.ranks.rank)
-        self.ranks.on_main(self._prepare(restart))
-        self.tracker = Tracker(config, self.folder.path, is_main=self.ranks.is_main)
+        try:
+            self.ranks.on_main(self._prepare(restart))
+            self.tracker = Tracker(config, self.folder.path, is_main=self.ranks.is_main)
+        except BaseException:
+            self._leave(failed=True)
+            raise
 
     def _prepare(self, restart: str | None) -> Callable[[], None]:
         def prepare() -> None:
@@ -69,8 +73,12 @@ class Pipeline:
 
     def __exit__(self, kind: object, *_: object) -> None:
         self.tracker.finish(failed=kind is not None)
+        self._leave(failed=kind is not None)
+
+    def _leave(self, failed: bool) -> None:
+        """Gives back the lock and the process group; a failed rank of several does not wait for the others."""
         self.folder.release()
-        if kind is None:
+        if not failed or self.ranks.world == 1:
             self.ranks.close()
 
     def prompts(self) -> None:
