@@ -6,6 +6,7 @@ Shape legend: N tokens of all traces together, K support entries (padded).
 """
 
 import fcntl
+import hashlib
 import mmap
 import os
 from dataclasses import asdict
@@ -31,9 +32,22 @@ from distill.cache_format import (
     read_contents,
 )
 from distill.errors import DataError, StoreError
-from distill.records import TokenDists
+from distill.records import CaptureSpec, TokenDists
+from distill.tokens import fingerprint
 
-__all__ = ["CacheHeader", "CacheReader", "CacheWriter", "to_sparse_targets"]
+__all__ = ["CacheHeader", "CacheReader", "CacheWriter", "cache_header", "to_sparse_targets"]
+
+
+def cache_header(tokenizer, teacher_fingerprint: str, vocab_size: int, capture: CaptureSpec) -> CacheHeader:
+    """Provenance of a cache: whose distributions, over which vocabulary, cut where."""
+    return CacheHeader(
+        teacher_fingerprint=teacher_fingerprint,
+        tokenizer_fingerprint=fingerprint(tokenizer),
+        template_hash=hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest()[:16],
+        vocab_size=vocab_size,
+        k_max=capture.k_max,
+        tail_bound=capture.tail_bound,
+    )
 
 
 class CacheWriter:

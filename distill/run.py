@@ -16,6 +16,7 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(_here)]
 if _root not in sys.path:
     sys.path.insert(0, _root)
 
+from distill.dist import add_launcher_arguments  # noqa: E402
 from distill.errors import ConfigError, DistillError  # noqa: E402
 
 STAGES = ("prompts", "traces", "train", "eval", "publish")
@@ -35,7 +36,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--gpu", metavar="KIND", help="with --plan: h100, h200, a100, l40s or b200")
     parser.add_argument("--json", action="store_true", help="with --plan: print JSON")
     parser.add_argument("--help-config", action="store_true", help="print every setting with unit, default and bounds")
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    add_launcher_arguments(parser)
     args = parser.parse_args(argv)
     if not args.config and not args.help_config:
         parser.error("--config FILE is needed; configs/demo.yaml is a good start")

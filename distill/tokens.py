@@ -12,11 +12,13 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from distill.errors import DataError, ModelError
+from distill.records import Prompt, SampleRequest, sample_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -105,6 +107,16 @@ def render_prompt(tok: PreTrainedTokenizerFast, prompt_text: str) -> list[int]:
     return tok.encode(text, add_special_tokens=False)
 
 
+def sample_requests(
+    tok: PreTrainedTokenizerFast, prompts: Iterable[Prompt], n: int, run_seed: int
+) -> Iterator[SampleRequest]:
+    """n requests a prompt, in order; a seed depends on run_seed, the prompt's content and the index alone."""
+    for prompt in prompts:
+        ids = tuple(render_prompt(tok, prompt.text))
+        for index in range(n):
+            yield SampleRequest(prompt.key, index, ids, sample_seed(run_seed, prompt.key, index))
+
+
 def encode_completion(tok: PreTrainedTokenizerFast, text: str) -> list[int]:
     """Ids of what the assistant writes after "<think>\\n", without an end token.
 
@@ -161,8 +173,10 @@ def end_id(tok: PreTrainedTokenizerFast) -> int:
     return tok.eos_token_id
 
 
-def stop_ids(tok: PreTrainedTokenizerFast) -> list[int]:
-    """Ids that end a completion, ascending: end of turn and end of sequence (often the same)."""
+def stop_ids(tok: PreTrainedTokenizerFast, given: Iterable[int] | None = None) -> list[int]:
+    """Ids that end a completion, ascending: `given`, else end of turn and end of sequence (often the same)."""
+    if given is not None:
+        return sorted(set(given))
     eos = [] if tok.eos_token_id is None else [tok.eos_token_id]
     return sorted({end_id(tok), *eos})
 

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from distill import tokens
 from distill.generate import Generator
 from distill.records import CaptureSpec, Sample, SampleRequest, SamplingParams, TokenDists
 from distill.slots import SlotModel
-from distill.tokens import stop_ids
 
 
 class Rollout:
@@ -28,7 +28,7 @@ class Rollout:
         stop_ids: Iterable[int] | None = None,
     ):
         """batch_size: rows sampled at once; stop_ids: those of the tokenizer when not given."""
-        self.tokenizer, self.stop_ids = tokenizer, _stop_ids(tokenizer, stop_ids)
+        self.tokenizer, self.stop_ids = tokenizer, tokens.stop_ids(tokenizer, stop_ids)
         slots = SlotModel(model.to(device), max(tokenizer.get_vocab().values()) + 1)
         self.vocab_size = slots.vocab_size
         self._generator = Generator(slots, batch_size, self.stop_ids)
@@ -42,7 +42,3 @@ class Rollout:
     def score(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], capture: CaptureSpec) -> list[TokenDists]:
         """The distributions of each completion's tokens, for (prompt_ids, completion_ids) pairs in the order given."""
         return self._generator.score(sequences, capture)
-
-
-def _stop_ids(tokenizer: PreTrainedTokenizerFast, given: Iterable[int] | None) -> list[int]:
-    return stop_ids(tokenizer) if given is None else sorted(set(given))

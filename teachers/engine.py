@@ -8,12 +8,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from distill import tokens
 from distill.checkpoints import check_checkpoint, fingerprint_checkpoint, resolve_checkpoint
 from distill.errors import ModelError
 from distill.generate import Generator
 from distill.records import CaptureSpec, Sample, SampleRequest, SamplingParams, TokenDists
 from distill.slots import SlotCache, SlotModel
-from distill.tokens import load_tokenizer, stop_ids
+from distill.tokens import load_tokenizer
 from teachers import attention
 
 MLA_FAMILIES = ("deepseek_v3",)
@@ -51,7 +52,7 @@ class TeacherEngine:
             attention.install(self.model)
         slots = SlotModel(self.model, ids, attention.LatentCache if is_mla else SlotCache)
         self.vocab_size = slots.vocab_size
-        self.stop_ids = _stop_ids(self.tokenizer, stop_ids)
+        self.stop_ids = tokens.stop_ids(self.tokenizer, stop_ids)
         self._generator: Generator | None = Generator(slots, batch_size, self.stop_ids)
 
     def sample(
@@ -133,7 +134,3 @@ def _check_config(config: dict, ids: int, folder: os.PathLike) -> None:
             where=str(folder),
             remedy="Use the tokenizer that was saved with these weights.",
         )
-
-
-def _stop_ids(tokenizer, given: Iterable[int] | None) -> list[int]:
-    return stop_ids(tokenizer) if given is None else sorted(set(given))

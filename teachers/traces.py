@@ -4,7 +4,6 @@ One shard of prompts is sampled, graded and written before the next begins, so t
 shard a rank. The logits shard is written first: a trace shard never exists without its distributions.
 """
 
-import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -18,10 +17,10 @@ from distill.config import Config
 from distill.dist import Ranks
 from distill.errors import DataError
 from distill.grade import Grader
-from distill.logit_cache import CacheHeader, CacheWriter
-from distill.records import CaptureSpec, Prompt, Sample, SampleRequest, SamplingParams, Trace, sample_seed
+from distill.logit_cache import CacheWriter, cache_header
+from distill.records import CaptureSpec, Prompt, Sample, SamplingParams, Trace
 from distill.store import StageFolder
-from distill.tokens import fingerprint, render_prompt
+from distill.tokens import render_prompt, sample_requests
 from teachers.engine import TeacherEngine
 
 
@@ -67,8 +66,9 @@ class TracesStage:
         capture = self.config.teacher.capture and CaptureSpec(
             self.config.teacher.capture.k_max, self.config.teacher.capture.tail_bound
         )
+        wanted = sample_requests(engine.tokenizer, prompts, sampling.n, self.config.run.seed)
         samples: dict[tuple[str, int], Sample] = {}
-        for sample in engine.sample(requests(prompts, engine, sampling.n, self.config.run.seed), params, capture):
+        for sample in engine.sample(wanted, params, capture):
             samples[sample.key, sample.sample_index] = sample
             bar.update()
         if capture:
@@ -108,32 +108,12 @@ class TracesStage:
         return traceset.decide(traces, self.config.traces.verify, self.config.traces.max_per_prompt)
 
 
-def requests(prompts: list[Prompt], engine: TeacherEngine, n: int, seed: int) -> list[SampleRequest]:
-    """n requests a prompt, each with the seed that depends on its content alone."""
-    return [
-        SampleRequest(p.key, i, tuple(render_prompt(engine.tokenizer, p.text)), sample_seed(seed, p.key, i))
-        for p in prompts
-        for i in range(n)
-    ]
-
-
 def write_logits(path: Path, samples: dict[tuple[str, int], Sample], engine: TeacherEngine, capture: CaptureSpec):
     """One cache file of all samples of a shard, in sample order."""
-    with CacheWriter(path, cache_header(engine, capture)) as writer:
+    header = cache_header(engine.tokenizer, engine.fingerprint, engine.vocab_size, capture)
+    with CacheWriter(path, header) as writer:
         for (key, index), sample in sorted(samples.items()):
             writer.append(f"{key}/{index}", sample.dists)
-
-
-def cache_header(engine: TeacherEngine, capture: CaptureSpec) -> CacheHeader:
-    """Provenance of a cache: whose distributions, over which vocabulary, cut where."""
-    return CacheHeader(
-        teacher_fingerprint=engine.fingerprint,
-        tokenizer_fingerprint=fingerprint(engine.tokenizer),
-        template_hash=hashlib.sha256((engine.tokenizer.chat_template or "").encode()).hexdigest()[:16],
-        vocab_size=engine.vocab_size,
-        k_max=capture.k_max,
-        tail_bound=capture.tail_bound,
-    )
 
 
 def summary(traces: list[Trace]) -> dict:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from distill.errors import DataError, StoreError
 from distill.evals.results import SCHEMA, Candidate, EvalResult, load_result, slug
-from distill.logit_cache import CacheHeader, CacheWriter
-from distill.records import CaptureSpec, Prompt, Sample, SampleRequest, SamplingParams, Verdict, sample_seed
+from distill.logit_cache import CacheWriter, cache_header
+from distill.records import CaptureSpec, Prompt, Sample, SampleRequest, SamplingParams, Verdict
 from distill.store import StageFolder
-from distill.tokens import fingerprint, render_prompt, stop_ids
+from distill.tokens import render_prompt, sample_requests, stop_ids
 from distill.traceset import prompt_row
 
 if TYPE_CHECKING:
@@ -145,7 +145,8 @@ class _ShardMaker:
 
     def run(self, shards: list[_Shard], sampler: Sampler, params: SamplingParams, bar: tqdm) -> None:
         home = {prompt.key: shard for shard in shards for prompt in shard.prompts}
-        requests = [request for shard in shards for prompt in shard.prompts for request in self._requests(prompt)]
+        asked = [prompt for shard in shards for prompt in shard.prompts]
+        requests = list(sample_requests(self.tokenizer, asked, self.k, self.run_seed))
         waiting = {(request.key, request.sample_index) for request in requests}
         drawn: dict[str, dict[tuple[str, int], Sample]] = {shard.name: {} for shard in shards}
         for sample in sampler.sample(requests, params, self.capture):
@@ -166,11 +167,6 @@ class _ShardMaker:
                 value=min(waiting),
                 remedy="Run again: finished shards are kept.",
             )
-
-    def _requests(self, prompt: Prompt) -> Iterator[SampleRequest]:
-        ids = tuple(render_prompt(self.tokenizer, prompt.text))
-        for index in range(self.k):
-            yield SampleRequest(prompt.key, index, ids, sample_seed(self.run_seed, prompt.key, index))
 
     def _write(self, shard: _Shard, drawn: dict[tuple[str, int], Sample]) -> None:
         samples = [[drawn[prompt.key, index] for index in range(self.k)] for prompt in shard.prompts]
@@ -215,19 +211,10 @@ class _ShardMaker:
             )
         return rows
 
-    def _cache_header(self) -> CacheHeader:
-        template = self.tokenizer.chat_template or ""
-        return CacheHeader(
-            teacher_fingerprint=self.info["fingerprint"],
-            tokenizer_fingerprint=fingerprint(self.tokenizer),
-            template_hash=hashlib.sha256(template.encode()).hexdigest()[:16],
-            vocab_size=max(self.tokenizer.get_vocab().values()) + 1,
-            k_max=self.capture.k_max,
-            tail_bound=self.capture.tail_bound,
-        )
-
     def _write_cache(self, path: Path, dists: dict) -> None:
-        with CacheWriter(path, self._cache_header()) as writer:
+        vocab_size = max(self.tokenizer.get_vocab().values()) + 1
+        header = cache_header(self.tokenizer, self.info["fingerprint"], vocab_size, self.capture)
+        with CacheWriter(path, header) as writer:
             for key, captured in dists.items():
                 if captured is None:
                     raise DataError("the sampler captured no distributions", where=f"sample {key}")

@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from distill.evals.stats import clustered_mean
 from distill.grade import Grader
-from distill.records import Prompt, Sample, SampleRequest, SamplingParams, Verdict, sample_seed
+from distill.records import Prompt, Sample, SamplingParams, Verdict
 from distill.tasks import families
 from distill.tasks.split import is_heldout
-from distill.tokens import render_prompt
+from distill.tokens import render_prompt, sample_requests
 from teachers.engine import TeacherEngine
 from teachers.tiny.train import ExpertLoad
 
@@ -42,11 +42,7 @@ def heldout_problems(per_level: int, seed: int) -> list[Prompt]:
 
 def measure(engine: TeacherEngine, prompts: list[Prompt], k: int, seed: int) -> tuple[np.ndarray, list[Sample]]:
     """(correct_PK as 0, 1 or NaN for a grader that failed, the samples in order)."""
-    requests = [
-        SampleRequest(p.key, i, tuple(render_prompt(engine.tokenizer, p.text)), sample_seed(seed, p.key, i))
-        for p in prompts
-        for i in range(k)
-    ]
+    requests = list(sample_requests(engine.tokenizer, prompts, k, seed))
     drawn = {(s.key, s.sample_index): s for s in tqdm(engine.sample(requests, PARAMS), total=len(requests))}
     samples = [drawn[r.key, r.sample_index] for r in requests]
     with Grader() as grader:
