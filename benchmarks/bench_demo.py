@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from benchmarks.results_file import row, write
-from distill.pipeline import commit
+from distill.commit import commit
 
 STUDENTS = ("response", "logits")
 

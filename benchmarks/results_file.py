@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "deepspeed", "numpy")
+PACKAGES = ("torch", "triton", "transformers", "deepspeed", "numpy", "liger-kernel", "trl", "zstandard")
 
 
 def row(name: str, value: float, unit: str, *, goal: str | None = None, peer: bool = False) -> dict:
@@ -24,7 +24,7 @@ def write(what: str, question: str, rows: list[dict], *, device: str, commit: st
         "question": question,
         "command": " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "device": device,
-        "versions": {name: metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "versions": _versions(),
         "commit": commit,
         "date": date,
         "rows": rows,
@@ -33,3 +33,14 @@ def write(what: str, question: str, rows: list[dict], *, device: str, commit: st
     path = RESULTS / f"{what}_{device.split(',')[0].replace(' ', '-')}_{date}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
+
+
+def _versions() -> dict[str, str]:
+    """Of Python and of those packages that are installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            pass
+    return found

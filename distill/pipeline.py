@@ -7,7 +7,6 @@ something is missing and freed before the next stage.
 """
 
 import json
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from distill import dist, files, prompts, publish, traceset
 from distill.checkpoints import fingerprint_checkpoint, resolve_checkpoint
+from distill.commit import commit
 from distill.config import Config, Student, stage_spec
 from distill.errors import ConfigError, StoreError
 from distill.evals.agreement import dense_scorer
@@ -299,14 +299,3 @@ def candidate(name: str, role: str, path: str, **more: str) -> Candidate:
 def base_name(student: Student, students: list[Student]) -> str:
     """ "base" where all students start from one model, else "base-" and the folder's name."""
     return "base" if len({each.path for each in students}) == 1 else f"base-{Path(student.path).name}"
-
-
-def commit() -> str:
-    """The commit of the code that runs, with a + when the tree has changes; "unknown" outside a checkout."""
-    root = Path(__file__).parent.parent
-    try:
-        head = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        dirty = subprocess.run(["git", "-C", root, "status", "--porcelain", "-uno"], capture_output=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return head.stdout.strip() + ("+" if dirty.stdout else "") if head.returncode == 0 else "unknown"

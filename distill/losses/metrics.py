@@ -31,7 +31,8 @@ class LossMetrics:
     @classmethod
     def sums(cls, **per_token_C: Tensor) -> Tensor:
         """[M] float64: each field's per-token values [C] (or [C, 1]) summed, in field order."""
-        return torch.stack([per_token_C[f.name].sum(dtype=torch.float64) for f in fields(cls)])
+        dtype = per_token_C["ce"].dtype
+        return torch.stack([per_token_C[f.name].flatten().to(dtype) for f in fields(cls)]).sum(1, dtype=torch.float64)
 
     @classmethod
     def zeros(cls, device: torch.device | str = "cpu") -> "LossMetrics":

@@ -38,8 +38,8 @@ class SparseTargets:
     logprobs_NK: Tensor
     tail_N: Tensor
 
-    def rows(self, index: Tensor) -> "SparseTargets":
-        """The targets of the tokens in `index` (int64 [n])."""
+    def rows(self, index: Tensor | slice) -> "SparseTargets":
+        """The targets of the tokens in `index` (int64 [n], or a slice: no copy)."""
         return SparseTargets(self.ids_NK[index], self.logprobs_NK[index], self.tail_N[index])
 
     def to(self, device: torch.device | str) -> "SparseTargets":

@@ -1,0 +1,77 @@
+"""One call of the loss, checked and settled: what fused.py hands to the chunks.
+
+Shape legend: N tokens, G teacher hidden, V vocabulary.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from distill.losses.reduce import IGNORE_INDEX
+from distill.losses.sparse import SparseTargets
+
+
+@dataclass(frozen=True)
+class DenseTeacher:
+    """An online teacher over the student's vocabulary: its hidden states [N, G] and head [V, G]; it gets no
+    gradient."""
+
+    hidden_NG: Tensor
+    head_VG: Tensor
+    bias_V: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything of one call besides the three tensors that may need a gradient."""
+
+    labels_N: Tensor
+    targets: SparseTargets | DenseTeacher | None
+    scale_N: Tensor
+    alpha_N: Tensor
+    divergence: str
+    beta: float
+    temperature: float
+    z_loss: float
+    logit_scale: float
+    softcap: float | None
+    vocab_size: int
+    block_tokens: int  # whose dL/dlogits exist at a time
+    chunk_tokens: int  # whose logits exist at a time
+    dtype: torch.dtype  # of logits and per-token losses
+    operand_dtype: torch.dtype  # of what enters a matrix product
+    kernels: bool  # Triton reads the logits and writes their gradient to a stash
+    accumulate: torch.dtype  # in which the head's gradient adds up over chunks
+    unit: float  # a power of two by which loss and gradients are too large until they are handed out
+    needs_grad: tuple[bool, bool, bool] = field(default=(False, False, False))  # hidden, head, bias
+
+    def valid(self) -> tuple["Job", Tensor | None]:
+        """This job over its valid tokens alone, and their positions; itself and None where all are valid."""
+        rows = (self.labels_N != IGNORE_INDEX).nonzero().squeeze(1)
+        if len(rows) == len(self.labels_N):
+            return self, None
+        targets = self.targets
+        if isinstance(targets, SparseTargets):
+            targets = targets.rows(rows)
+        elif targets is not None:
+            targets = replace(targets, hidden_NG=targets.hidden_NG[rows])
+        columns = {name: getattr(self, name)[rows] for name in ("labels_N", "scale_N", "alpha_N")}
+        return replace(self, targets=targets, **columns), rows
+
+    def mix(self, value_C: Tensor, ce_C: Tensor, lse_C: Tensor, part: slice) -> Tensor:
+        """The loss of a chunk: its tokens' divergence, cross-entropy and z-loss, weighted and summed."""
+        scale_C, alpha_C = self.scale_N[part], self.alpha_N[part]
+        loss_C = alpha_C * value_C + (1 - alpha_C) * ce_C
+        if self.z_loss:
+            loss_C = loss_C + self.z_loss * lse_C.square()
+        return (scale_C * loss_C).sum()
+
+    def coefficients(self, lse_C: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """What the gradient to the logits takes times dD/dz, times p, and off at the label: each [C, 1]."""
+        scale_C, alpha_C = self.scale_N[part], self.alpha_N[part]
+        ce_scale_C = scale_C * (1 - alpha_C)
+        p_scale_C = ce_scale_C + 2 * self.z_loss * lse_C * scale_C
+        return tuple(x_C.unsqueeze(1) for x_C in (scale_C * alpha_C, p_scale_C, ce_scale_C))
