@@ -11,7 +11,7 @@ from torch import Tensor
 from distill.losses.job import Job
 from distill.losses.stash import GradStash
 
-ROUND_NUMBERS = 1 << 26
+ROUND_NUMBERS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,9 @@ class HeadGradients:
     def __init__(self, inputs: tuple[Tensor, Tensor, Tensor | None], rows: Tensor | None, job: Job):
         """rows: positions of the tokens that the job is over, None for all of them in order."""
         self.inputs, self.rows, self.job, self.head_VH = inputs, rows, job, None
-        hidden, _, bias = inputs
-        wants = job.needs_grad
-        self.hidden_NH = (
-            torch.zeros_like(hidden, dtype=hidden.dtype if job.kernels else job.dtype) if wants[0] else None
-        )
-        self.bias_V = torch.zeros_like(bias, dtype=job.dtype) if wants[2] else None
+        bias = inputs[2]
+        self.hidden_NH = None
+        self.bias_V = torch.zeros_like(bias, dtype=job.dtype) if job.needs_grad[2] else None
 
     def add(self, slices: list[tuple[int, Tensor]], hidden_CH: Tensor, part: slice, weight_VH: Tensor) -> None:
         """Adds tokens whose dL/d(hidden @ head.T) comes in slices (first column, [C, W]) of the operands' dtype."""
@@ -72,12 +69,21 @@ class HeadGradients:
         self.head_VH = stash.become_head_gradient(hidden_CH, len(head))
 
     def _add_hidden_and_bias(self, slices: list[tuple[int, Tensor]], part: slice, weight_VH: Tensor) -> None:
-        if self.hidden_NH is not None:
-            where = part if self.rows is None else self.rows[part]
-            self.hidden_NH[where] = self._hidden(slices, weight_VH).to(self.hidden_NH.dtype)
+        if self.job.needs_grad[0]:
+            self._place_hidden(self._hidden(slices, weight_VH), part)
         if self.bias_V is not None:
             for first, grad_CW in slices:
                 self.bias_V[first : first + grad_CW.shape[1]] += grad_CW.sum(0, dtype=self.job.dtype)
+
+    def _place_hidden(self, grad_CH: Tensor, part: slice) -> None:
+        hidden = self.inputs[0]
+        if self.rows is None and len(grad_CH) == len(hidden):
+            self.hidden_NH = grad_CH  # rounded in place at the end
+            return
+        if self.hidden_NH is None:
+            self.hidden_NH = torch.zeros_like(hidden, dtype=hidden.dtype if self.job.kernels else self.job.dtype)
+        where = part if self.rows is None else self.rows[part]
+        self.hidden_NH[where] = grad_CH.to(self.hidden_NH.dtype)
 
     def _hidden(self, slices: list[tuple[int, Tensor]], weight_VH: Tensor) -> Tensor:
         total_CH = None
@@ -97,6 +103,8 @@ class HeadGradients:
 
     def finished(self) -> list[Tensor | None]:
         """The gradients in the dtypes of their inputs."""
+        if self.job.needs_grad[0] and self.hidden_NH is None:
+            self.hidden_NH = torch.zeros_like(self.inputs[0])
         if self.job.needs_grad[1] and self.head_VH is None:
             self.head_VH = torch.zeros_like(self.inputs[1])
         sums = (self.hidden_NH, self.head_VH, self.bias_V)
