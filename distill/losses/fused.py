@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from distill.errors import ConfigError, DataError
+from distill.losses.buckets import BucketedTargets
 from distill.losses.dense_chunk import dense_chunk
 from distill.losses.divergence import check_settings
 from distill.losses.head import Head, HeadGradients, operand_dtype
@@ -44,7 +45,7 @@ def distill_loss(
     head_VH: Tensor,
     labels_N: Tensor,
     *,
-    targets: SparseTargets | DenseTeacher | None = None,
+    targets: SparseTargets | BucketedTargets | DenseTeacher | None = None,
     alpha: float | Tensor = 0.0,
     normalizer: float,
     divergence: str = "forward_kl",
@@ -64,13 +65,14 @@ def distill_loss(
     loss = (1 / normalizer) sum_n w_n [alpha D_n + (1 - alpha) CE_n + z_loss logsumexp_n^2], nats.
 
     hidden_NH, head_VH, bias_V: any floating dtype; whichever needs no gradient costs none. labels_N: int64, the token
-    each hidden state predicts (already shifted), -100 where ignored. targets: cached distributions, an online teacher,
-    or None for cross-entropy alone. alpha: one number in [0, 1], or [N] to switch per token. normalizer: the GLOBAL
-    number of valid tokens of the optimizer step (all micro-batches and ranks). weights_N: per token, default 1.
-    vocab_size: rows of the head past it are padding and get neither mass nor gradient. beta, divergence, temperature:
-    divergence.py. chunk_tokens: tokens whose logits (on a GPU: their gradients) exist at a time; changes memory and
-    speed, not the result. accumulate: dtype in which the head's gradient adds up over chunks, float32 if there are
-    several; the head's own half precision saves memory and rounds once a chunk.
+    each hidden state predicts (already shifted), -100 where ignored. targets: cached distributions (over buckets of
+    tokens where the teacher's tokenizer is another: buckets.py), an online teacher, or None for cross-entropy alone.
+    alpha: one number in [0, 1], or [N] to switch per token. normalizer: the GLOBAL number of valid tokens of the
+    optimizer step (all micro-batches and ranks). weights_N: per token, default 1. vocab_size: rows of the head past it
+    are padding and get neither mass nor gradient. beta, divergence, temperature: divergence.py. chunk_tokens: tokens
+    whose logits (on a GPU: their gradients) exist at a time; changes memory and speed, not the result. accumulate:
+    dtype in which the head's gradient adds up over chunks, float32 if there are several; the head's own half precision
+    saves memory and rounds once a chunk.
 
     Ignored tokens cost nothing, and a batch of them alone gives a zero loss with a graph. The graph may be walked once
     per call; second derivatives do not exist.
@@ -161,7 +163,7 @@ def _alpha_per_token(alpha: float | Tensor, labels_N: Tensor, targets, dtype: to
 
 def _check_shapes(hidden_NH, head_VH, labels_N, targets, vocab_size: int) -> None:
     tokens = {"hidden": hidden_NH.shape[0], "labels": labels_N.shape[0]}
-    if isinstance(targets, SparseTargets):
+    if isinstance(targets, SparseTargets | BucketedTargets):
         tokens["targets"] = targets.ids_NK.shape[0]
     elif isinstance(targets, DenseTeacher):
         tokens["targets"] = targets.hidden_NG.shape[0]
@@ -187,7 +189,7 @@ def _check_shapes(hidden_NH, head_VH, labels_N, targets, vocab_size: int) -> Non
                 value=found,
                 remedy="Ignored tokens are -100; other labels come from this student's tokenizer.",
             )
-        if isinstance(targets, SparseTargets):
+        if isinstance(targets, SparseTargets | BucketedTargets):
             targets.check(vocab_size, distinct=False)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from distill.losses.buckets import BucketedTargets
 from distill.losses.reduce import IGNORE_INDEX
 from distill.losses.sparse import SparseTargets
 
@@ -29,7 +30,7 @@ class Job:
     """Everything of one call besides the three tensors that may need a gradient."""
 
     labels_N: Tensor
-    targets: SparseTargets | DenseTeacher | None
+    targets: SparseTargets | BucketedTargets | DenseTeacher | None
     scale_N: Tensor
     alpha_N: Tensor
     divergence: str
@@ -54,7 +55,7 @@ class Job:
         if len(rows) == len(self.labels_N):
             return self, None
         targets = self.targets
-        if isinstance(targets, SparseTargets):
+        if isinstance(targets, SparseTargets | BucketedTargets):
             targets = targets.rows(rows)
         elif targets is not None:
             targets = replace(targets, hidden_NG=targets.hidden_NG[rows])

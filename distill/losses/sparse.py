@@ -38,6 +38,11 @@ class SparseTargets:
     logprobs_NK: Tensor
     tail_N: Tensor
 
+    @property
+    def padded_NK(self) -> Tensor:
+        """Where a row has no token: bool [N, K]."""
+        return self.logprobs_NK == -torch.inf
+
     def rows(self, index: Tensor | slice) -> "SparseTargets":
         """The targets of the tokens in `index` (int64 [n], or a slice: no copy)."""
         return SparseTargets(self.ids_NK[index], self.logprobs_NK[index], self.tail_N[index])
@@ -87,14 +92,14 @@ def teacher_logits(targets: SparseTargets, dtype: torch.dtype) -> Tensor:
     return torch.cat([targets.logprobs_NK.to(dtype), tail_N1], 1).clamp_(min=LOG_ZERO)
 
 
-def mask_support_(logits_NV: Tensor, targets: SparseTargets) -> tuple[Tensor, Tensor]:
+def mask_support_(logits_NV: Tensor, targets) -> tuple[Tensor, Tensor]:
     """(logits of the support [N, K] with LOG_ZERO at padding, ids [N, K] safe to scatter to); logits_NV loses the
     support.
 
     A padded id is replaced by the first real one of its row, so that every write of a row agrees; a row without any
     real one writes back what was there.
     """
-    pad_NK = targets.logprobs_NK == -torch.inf
+    pad_NK = targets.padded_NK
     if pad_NK.shape[1] == 0:
         return logits_NV.new_empty(pad_NK.shape), targets.ids_NK
     empty_N1 = pad_NK.all(1, keepdim=True)

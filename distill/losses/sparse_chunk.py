@@ -10,6 +10,7 @@ Shape legend: C tokens of a chunk, V vocabulary, K support, K1 = K + 1 outcomes 
 import torch
 from torch import Tensor
 
+from distill.losses.buckets import BucketedTargets
 from distill.losses.divergence import LOG_ZERO, log_softmax, tempered_value_and_grad, value_and_logit_grad
 from distill.losses.head import Head
 from distill.losses.job import Job
@@ -21,8 +22,8 @@ from distill.losses.stash import GradStash
 class TorchRest:
     """The two operations in torch. `scratch_CV` becomes the distribution within the rest."""
 
-    def __init__(self, logits_CV: Tensor, scratch_CV: Tensor, targets: SparseTargets, labels_C: Tensor, head: Head):
-        self.head, self.padded_CK = head, targets.logprobs_NK == -torch.inf
+    def __init__(self, logits_CV: Tensor, scratch_CV: Tensor, targets, labels_C: Tensor, head: Head):
+        self.head, self.padded_CK = head, targets.padded_NK
         self.slope_CV = None if head.softcap is None else 1 - (logits_CV / head.softcap).square_()
         self.labels_C1 = labels_C.unsqueeze(1)
         self.label_logit_C1 = logits_CV.gather(1, self.labels_C1)
@@ -48,11 +49,11 @@ class TorchRest:
 class KernelRest:
     """The two operations in Triton. The logits are the bare product of hidden states and head."""
 
-    def __init__(self, logits_CV: Tensor, scratch_CV: None, targets: SparseTargets, labels_C: Tensor, head: Head):
+    def __init__(self, logits_CV: Tensor, scratch_CV: None, targets, labels_C: Tensor, head: Head):
         from distill.losses import kernels  # Triton comes with torch's CUDA builds alone
 
         self.kernels, self.head, self.logits_CV, self.labels_C = kernels, head, logits_CV, labels_C
-        self.ids_CK = targets.ids_NK.masked_fill(targets.logprobs_NK == -torch.inf, -1)
+        self.ids_CK = targets.ids_NK.masked_fill(targets.padded_NK, -1)
         self.stats = kernels.rest_stats(logits_CV, self.ids_CK, labels_C, head)
         self.support_CK, self.label_logit_C1, self.top_C1, self.log_C1, self.mean_C1 = self.stats
 
@@ -81,22 +82,45 @@ def sparse_chunk(
     labels_C = job.labels_N[part]
     targets = _no_targets(labels_C) if job.targets is None else job.targets.rows(part)
     rest = (KernelRest if job.kernels else TorchRest)(logits_CV, scratch_CV, targets, labels_C, head)
-    if job.kernels and (job.targets is None or (job.divergence == "forward_kl" and job.temperature == 1.0)):
+    bucketed = isinstance(targets, BucketedTargets)
+    usual = job.targets is None or (job.divergence == "forward_kl" and job.temperature == 1.0)
+    if job.kernels and usual and not bucketed:
         return *_usual(rest, targets, part, job, stash, first_row), None
-    y_CK1 = torch.cat([rest.support_CK, rest.log_C1], 1)
-    logp_CK1 = log_softmax(y_CK1)
-    p_CK1 = logp_CK1.exp()
-    lse_C1 = torch.logsumexp(y_CK1, 1, keepdim=True)
+    outcomes_CG = targets.outcomes(rest.support_CK) if bucketed else rest.support_CK
+    y_CG1 = torch.cat([outcomes_CG, rest.log_C1], 1)
+    logp_CG1 = log_softmax(y_CG1)
+    p_CG1 = logp_CG1.exp()
+    lse_C1 = torch.logsumexp(y_CG1, 1, keepdim=True)
     ce_C = (lse_C1 - rest.label_logit_C1).squeeze(1)
-    value_C, kl_C, grad_CK1 = _divergence(y_CK1, logp_CK1, targets, job)
-    loss = job.mix(value_C, ce_C, lse_C1.squeeze(1), part)
-    sums_M = _metrics(targets, rest, ce_C, value_C, kl_C, lse_C1, p_CK1)
+    value_C, kl_C, grad_CG1 = _divergence(y_CG1, logp_CG1, targets, job)
+    home_CG1 = _home(targets, labels_C, y_CG1) if bucketed else None
+    trained_C = value_C if home_CG1 is None else value_C + (home_CG1 * y_CG1).sum(1) - rest.label_logit_C1.squeeze(1)
+    loss = job.mix(trained_C, ce_C, lse_C1.squeeze(1), part)
+    sums_M = _metrics(targets, rest, ce_C, value_C, kl_C, lse_C1, p_CG1, outcomes_CG)
     if not any(job.needs_grad):
         return loss, sums_M, None
     teacher_C1, p_C1, ce_C1 = job.coefficients(lse_C1.squeeze(1), part)
-    grad_CK1 = p_CK1.mul_(p_C1) if grad_CK1 is None else grad_CK1.mul_(teacher_C1).add_(p_CK1.mul_(p_C1))
-    rest_C1 = grad_CK1[:, -1:].masked_fill(rest.log_C1 < LOG_ZERO / 2, 0)  # support is everything: q means nothing
-    return loss, sums_M, rest.write_grad(grad_CK1[:, :-1], rest_C1, ce_C1, stash, first_row)
+    grad_CG1 = p_CG1.mul_(p_C1) if grad_CG1 is None else grad_CG1.mul_(teacher_C1).add_(p_CG1.mul_(p_C1))
+    if home_CG1 is not None:  # - log P(label | its bucket): up for the whole bucket, down at the label
+        grad_CG1 += home_CG1 * teacher_C1
+        ce_C1 = ce_C1 + teacher_C1
+    grad_CK = grad_CG1[:, :-1]
+    if bucketed:
+        shares_CK = targets.shares(rest.support_CK, outcomes_CG)
+        grad_CK = targets.spread(grad_CK) * shares_CK if grad_CK.shape[1] else shares_CK
+    rest_C1 = grad_CG1[:, -1:].masked_fill(rest.log_C1 < LOG_ZERO / 2, 0)  # support is everything: q means nothing
+    return loss, sums_M, rest.write_grad(grad_CK, rest_C1, ce_C1, stash, first_row)
+
+
+def _home(targets: BucketedTargets, labels_C: Tensor, y_CG1: Tensor) -> Tensor:
+    """One-hot [C, G1] of the outcome that holds the label, the last one being the rest."""
+    at_CK = (targets.ids_NK == labels_C.unsqueeze(1)) & ~targets.padded_NK
+    last = y_CG1.shape[1] - 1
+    if not at_CK.shape[1]:
+        index_C = torch.full_like(labels_C, last)
+    else:
+        index_C = torch.where(at_CK.any(1), targets.group_NK.masked_fill(~at_CK, -1).amax(1), last)
+    return torch.zeros_like(y_CG1).scatter_(1, index_C.unsqueeze(1), 1.0)
 
 
 def _usual(rest: "KernelRest", targets: SparseTargets, part: slice, job: Job, stash: GradStash | None, first_row: int):
@@ -117,7 +141,7 @@ def _no_targets(labels_C: Tensor) -> SparseTargets:
                          torch.ones(count, device=device))  # fmt: skip
 
 
-def _divergence(y_CK1: Tensor, logp_CK1: Tensor, targets: SparseTargets, job: Job):
+def _divergence(y_CK1: Tensor, logp_CK1: Tensor, targets: SparseTargets | BucketedTargets, job: Job):
     """(D, forward KL at temperature 1, dD/dy) of the chunk on the K+1 outcomes; zeros and None without a teacher."""
     if job.targets is None:
         return 0 * y_CK1[:, 0], 0 * y_CK1[:, 0], None
@@ -129,19 +153,20 @@ def _divergence(y_CK1: Tensor, logp_CK1: Tensor, targets: SparseTargets, job: Jo
     return value_C, kl_C, grad_CK1
 
 
-def _metrics(targets: SparseTargets, rest, ce_C, value_C, kl_C, lse_C1, p_CK1) -> Tensor:
-    means_CK1 = torch.cat([rest.support_CK, rest.mean_C1], 1).clamp_(min=LOG_ZERO)  # no mass: 0 * LOG_ZERO
-    top_CK1 = torch.cat([rest.support_CK, rest.top_C1], 1)
-    best_C1 = top_CK1.amax(1, keepdim=True)
-    entropy_C = (lse_C1 - (means_CK1 * p_CK1).sum(1, keepdim=True)).squeeze(1).clamp_(min=0)
-    if targets.ids_NK.shape[1]:
+def _metrics(targets, rest, ce_C, value_C, kl_C, lse_C1, p_CG1, outcomes_CG) -> Tensor:
+    members_CK1 = torch.cat([rest.support_CK, rest.mean_C1], 1).clamp_(min=LOG_ZERO)  # no mass: 0 * LOG_ZERO
+    mass_CK1 = torch.cat([(rest.support_CK - lse_C1).exp(), p_CG1[:, -1:]], 1)
+    best_C1 = torch.cat([rest.support_CK, rest.top_C1], 1).amax(1, keepdim=True)
+    entropy_C = (lse_C1 - (members_CK1 * mass_CK1).sum(1, keepdim=True)).squeeze(1).clamp_(min=0)
+    if outcomes_CG.shape[1]:
         known_C = (targets.logprobs_NK > -torch.inf).any(1)
         teacher_top_C1 = targets.logprobs_NK.argmax(1, keepdim=True)
-        top1_C = (top_CK1.gather(1, teacher_top_C1) >= best_C1).squeeze(1) & known_C
+        best_outcome_C1 = torch.cat([outcomes_CG, rest.top_C1], 1).amax(1, keepdim=True)
+        top1_C = (outcomes_CG.gather(1, teacher_top_C1) >= best_outcome_C1).squeeze(1) & known_C
     else:
         known_C = top1_C = torch.zeros_like(ce_C, dtype=torch.bool)
     return LossMetrics.sums(
         tokens=torch.ones_like(ce_C), ce=ce_C, entropy=entropy_C, label_top1=rest.label_logit_C1 >= best_C1,
-        teacher_tokens=known_C, divergence=value_C, kl=kl_C, top1=top1_C, support_mass=p_CK1[:, :-1].sum(1) * known_C,
-        student_tail=p_CK1[:, -1] * known_C, teacher_tail=targets.tail_N * known_C,
+        teacher_tokens=known_C, divergence=value_C, kl=kl_C, top1=top1_C, support_mass=p_CG1[:, :-1].sum(1) * known_C,
+        student_tail=p_CG1[:, -1] * known_C, teacher_tail=targets.tail_N * known_C,
     )  # fmt: skip
