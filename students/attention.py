@@ -22,29 +22,39 @@ def packed_attention(
     value_1GND: torch.Tensor,
     attention_mask: None,
     *,
-    seq_lens: list[int],
+    seq_lens: list[int] | None = None,
     seq_ends: torch.Tensor | None = None,
+    longest: int = 0,
     scaling: float | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
     """([1, N, A, D], None): softmax(q k^T * scaling) v over the tokens of the same trace up to the query's own.
 
-    seq_lens: tokens of each trace, in order; they sum to N. seq_ends: int32, their running sum with a leading 0, needed
-    on CUDA in half precision, which uses one variable-length flash attention kernel; elsewhere each trace is one
-    scaled_dot_product_attention.
+    seq_lens: tokens of each trace, in order; they sum to N. None: all are one trace. seq_ends: int32, their running sum
+    with a leading 0, given with the longest length where one variable-length kernel serves (CUDA, half precision);
+    elsewhere each trace is one scaled_dot_product_attention.
     """
-    if query_1AND.is_cuda and query_1AND.dtype in (torch.bfloat16, torch.float16):
-        return _one_kernel(query_1AND, key_1GND, value_1GND, max(seq_lens), seq_ends, scaling), None
-    parts = zip(query_1AND.split(seq_lens, 2), key_1GND.split(seq_lens, 2), value_1GND.split(seq_lens, 2))
-    out = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
-        for q, k, v in parts
-    ]
-    return torch.cat(out, 2).transpose(1, 2).contiguous(), None
+    if seq_ends is not None:
+        return _one_kernel(query_1AND, key_1GND, value_1GND, longest, seq_ends, scaling), None
+    lens = seq_lens or [query_1AND.shape[2]]
+    gqa = query_1AND.shape[1] != key_1GND.shape[1]
+    parts = zip(query_1AND.split(lens, 2), key_1GND.split(lens, 2), value_1GND.split(lens, 2))
+    out = [F.scaled_dot_product_attention(*part, is_causal=True, scale=scaling, enable_gqa=gqa) for part in parts]
+    return (torch.cat(out, 2) if len(out) > 1 else out[0]).transpose(1, 2).contiguous(), None
+
+
+def how_packed(seq_lens: list[int], device: torch.device, dtype: torch.dtype) -> dict:
+    """What packed_attention is told of a row, made once a micro-batch. No list reaches a compiled layer: it would be
+    compiled anew for every row."""
+    if len(seq_lens) == 1:
+        return {}
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        return {"seq_ends": running_ends(seq_lens, device), "longest": max(seq_lens)}
+    return {"seq_lens": seq_lens}
 
 
 def running_ends(seq_lens: list[int], device: torch.device) -> torch.Tensor:
-    """seq_ends for these lengths; made once a micro-batch, not once a layer."""
+    """seq_ends for these lengths."""
     return torch.tensor([0, *accumulate(seq_lens)], dtype=torch.int32, device=device)
 
 

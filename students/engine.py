@@ -19,6 +19,7 @@ from distill.config import Train
 from distill.dist import Ranks
 from distill.errors import ModelError
 from students.data import Batch
+from students.layers import prepare_layers
 from students.step import StudentStep
 
 
@@ -43,8 +44,8 @@ class StudentEngine:
         # DeepSpeed keeps master weights of bfloat16 under ZeRO only; with one rank stage 1 is the same as stage 0.
         self.stage = max(train.zero_stage, 1) if dtype == torch.bfloat16 else train.zero_stage
         self.ranks, self.dtype, self.clip_norm = ranks, dtype, train.clip_norm
-        if train.activation_checkpointing:
-            module.model.activation_checkpointing_enable({"use_reentrant": False})
+        compiled = train.compile == "on" or (train.compile == "auto" and ranks.device.type == "cuda")
+        prepare_layers(module.model, compiled=compiled, recomputed=train.activation_checkpointing)
         config = deepspeed_config(train, self.stage, dtype, micro_batches, offload_dir)
         optimizer = None if train.offload != "none" else _adamw(module, train)
         self._engine, *_ = deepspeed.initialize(

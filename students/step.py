@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from distill.losses.fused import distill_loss
-from students.attention import running_ends
+from students.attention import how_packed
 from students.data import Batch
 
 
@@ -74,8 +74,7 @@ class StudentStep(nn.Module):
         out = self.model.base_model(
             input_ids=batch.input_ids_N[None],
             position_ids=batch.position_ids_N[None],
-            seq_lens=batch.seq_lens,
-            seq_ends=running_ends(batch.seq_lens, batch.input_ids_N.device),
+            **how_packed(batch.seq_lens, batch.input_ids_N.device, self.model.dtype),
             use_cache=False,
         )
         return out.last_hidden_state[0]
