@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from distill import config_check, config_fields, config_load
 
@@ -23,6 +23,16 @@ def _whole(value: object) -> object:
 
 
 Int = Annotated[int, BeforeValidator(_whole)]
+
+
+def _ways(value: object) -> object:
+    whole = _whole(value)
+    if whole == "auto" or (isinstance(whole, int) and not isinstance(whole, bool) and whole >= 1):
+        return whole
+    raise ValueError(f"{value!r} is neither a whole number >= 1 nor auto. Use auto, and the plan chooses")
+
+
+Ways = Annotated[int | Literal["auto"], PlainValidator(_ways)]
 
 # Names that other modules implement; they stand here too, so that a wrong one is found before anything is imported.
 Family = Literal[
@@ -165,8 +175,27 @@ class Teacher(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto is bfloat16 on GPU, float32 on CPU")
     geometry: Geometry | None = setting(None, "sizes for the plan; null reads config.json in path")
     batch_size: Int = setting(64, "completions in flight on one device", unit="sequences", ge=1)
+    tensor_parallel: Ways = setting(1, "ranks that share attention and dense layers; auto: the plan's", unit="devices")
+    expert_parallel: Ways = setting(1, "ranks that share the routed experts; auto: the plan's", unit="devices")
     sampling: Sampling = setting(Sampling(), "how traces are drawn")
     capture: Capture | None = setting(Capture(), "teacher distributions to store with traces; null stores none")
+
+
+class Serve(Section):
+    """The teacher as a service (teachers/serve.py). A request beyond a limit is refused with an error that names it."""
+
+    host: str = setting("127.0.0.1", "address to listen on; any but loopback needs token_env", min_length=1)
+    port: Int = setting(8000, "0 takes any free port", ge=0, le=65535)
+    token_env: str | None = setting(None, "environment variable that holds the token to ask for", pattern=ENV_NAME)
+    max_body_bytes: Int = setting(8 << 20, "largest body of a request", unit="bytes", ge=1024, le=1 << 30)
+    max_prompt_tokens: Int = setting(32768, "longest prompt", unit="tokens", ge=1)
+    max_tokens: Int = setting(32768, "largest budget of a completion", unit="tokens", ge=1)
+    max_n: Int = setting(128, "completions, or sequences to score, of one request", unit="sequences", ge=1, le=65536)
+    max_top_logprobs: Int = setting(64, "most likely tokens told of a position", unit="tokens", ge=1, le=65534)
+    max_waiting: Int = setting(1024, "sequences that may wait for a place; more are told to come back", ge=1)
+    drain_s: Int = setting(
+        25, "time that running requests get after SIGTERM; the launcher kills after 30", unit="s", ge=0
+    )
 
 
 class Traces(Section):
@@ -216,6 +245,7 @@ class Train(Section):
     zero_stage: Literal[0, 1, 2, 3] = setting(1, "what DeepSpeed shards: 1 optimizer, 2 gradients, 3 weights")
     offload: Literal["none", "cpu", "nvme"] = setting("none", "where optimizer state lives")
     activation_checkpointing: bool = setting(False, "recompute activations in the backward pass")
+    compile: Literal["auto", "on", "off"] = setting("auto", "torch.compile of the layers; auto is on for a GPU alone")
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto is bfloat16 on GPU, float32 on CPU")
 
 
@@ -243,6 +273,7 @@ class Publish(Section):
     )
     private: bool = setting(True, "visibility of a new repository")
     license: str | None = setting(None, "licence identifier on the model card")
+    gguf: bool = setting(False, "also write the student as GGUF for llama.cpp; needs the extra gguf")
 
 
 class Config(Section):
@@ -252,6 +283,7 @@ class Config(Section):
     hardware: Hardware = Hardware()
     prompts: Prompts
     teacher: Teacher
+    serve: Serve = Serve()
     traces: Traces = Traces()
     students: list[Student] = Field(min_length=1)
     train: Train = Train()
@@ -280,10 +312,10 @@ def check_machine(config: Config) -> None:
 
 # What a stage's result does not depend on: moving a run to other hardware must not make its finished stages stale.
 _SPEED_ONLY = {
-    "teacher": {"batch_size", "geometry", "token_env"},
+    "teacher": {"batch_size", "geometry", "url", "token_env", "tensor_parallel", "expert_parallel"},
     "train": {
         "micro_batch_tokens", "checkpoint_steps", "keep_checkpoints",
-        "zero_stage", "offload", "activation_checkpointing",
+        "zero_stage", "offload", "activation_checkpointing", "compile",
     },
     "eval": {"batch_size"},
 }  # fmt: skip
@@ -308,7 +340,7 @@ def stage_spec(config: Config, stage: str, student: str | None = None) -> dict[s
         own = _without(config.student(student).model_dump(mode="json"), {"geometry"})
         return {"run": seed, "student": own, "train": part["train"]}
     if stage == "eval":
-        teacher = {key: part["teacher"][key] for key in ("path", "url", "dtype")}
+        teacher = {key: part["teacher"][key] for key in ("path", "dtype")}
         students = [{"name": each.name, "path": each.path} for each in config.students]
         return {"run": seed, "teacher": teacher, "students": students, "eval": part["eval"]}
     if stage == "publish":
