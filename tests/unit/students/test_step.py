@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 from distill.errors import ModelError
 from distill.losses.metrics import LossMetrics
 from students.data import load_traces
-from students.model import load_student
 from students.layers import prepare_layers
+from students.model import load_student
 from students.step import LossSettings, StudentStep
 
 
