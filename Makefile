@@ -27,5 +27,6 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 
+# What `make demo` made, and caches; other runs stay.
 clean:
-	rm -rf runs wandb
+	rm -rf runs/demo .pytest_cache .ruff_cache .import_linter_cache .hypothesis
