@@ -1,6 +1,7 @@
 """How much of a GPU does a student's training step use, with cached logits in the loss?
 
     python -m benchmarks.bench_student
+    python -m benchmarks.bench_student --gpus 2       # also how ZeRO-3 scales: the same rows on each of them
 
 Qwen3 geometries with random weights, rows of 8192 tokens, four rows an optimizer step, bfloat16. Ours: DeepSpeed ZeRO-1
 with float32 master weights, the fused K+1 loss on cached distributions, layers compiled, with and without recomputation
@@ -54,8 +55,8 @@ def flops_per_token(model, tokens: int) -> float:
     return 6 * weights + attention
 
 
-def ours(size: str, recompute: bool, tokens: int, steps: int) -> dict:
-    """Seconds of each step, peak GiB, model FLOP a token."""
+def ours(size: str, recompute: bool, tokens: int, steps: int, stage: int = 1) -> dict:
+    """Seconds of each step, peak GiB, model FLOP a token; every rank has ROWS rows a step."""
     from distill.config import Train
     from distill.dist import init_ranks
     from students.attention import NAME
@@ -65,8 +66,8 @@ def ours(size: str, recompute: bool, tokens: int, steps: int) -> dict:
     ranks = init_ranks("cuda")
     model = make_model(size, NAME)
     flops = flops_per_token(model, tokens)
-    train = Train(zero_stage=1, activation_checkpointing=recompute, max_seq_tokens=tokens, micro_batch_tokens=tokens,
-                  batch_tokens=ROWS * tokens, lr=1e-5)  # fmt: skip
+    sizes = {"max_seq_tokens": tokens, "micro_batch_tokens": tokens, "batch_tokens": ROWS * tokens}
+    train = Train(zero_stage=stage, activation_checkpointing=recompute, lr=1e-5, **sizes)
     module = StudentStep(model, LossSettings(alpha=0.9))
     with tempfile.TemporaryDirectory() as folder:
         engine = StudentEngine(module, train, ranks, dtype=torch.bfloat16, micro_batches=ROWS, offload_dir=Path(folder))
@@ -74,10 +75,12 @@ def ours(size: str, recompute: bool, tokens: int, steps: int) -> dict:
 
         def step() -> None:
             for i in range(ROWS):
-                engine.accumulate(batch, ROWS * tokens, last=i == ROWS - 1)
+                engine.accumulate(batch, ranks.world * ROWS * tokens, last=i == ROWS - 1)
             engine.step(1e-5)
 
-        return _timed(step, steps) | {"flops": flops}
+        found = _timed(step, steps) | {"flops": flops}
+        ranks.close()
+        return found
 
 
 def _batch(tokens: int):
@@ -143,17 +146,42 @@ def rows_of(case: str, found: dict, tokens: int) -> list[dict]:
     ]
 
 
+def scaling(gpus: int, size: str, tokens: int, steps: int) -> list[dict]:
+    """Tokens a second of ZeRO-3 on one and on all GPUs of this host, each with the same rows, and their ratio."""
+    rates = []
+    for count in (1, gpus):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m"]
+        command += ["benchmarks.bench_student", "--in-process", "--stage", "3", "--cases", f"ours-recompute/{size}"]
+        done = subprocess.run(
+            [*command, "--tokens", str(tokens), "--steps", str(steps)], capture_output=True, text=True
+        )
+        if done.returncode:
+            print(f"{count} GPUs: {done.stderr.strip()[-2000:]}", flush=True)
+            return []
+        seconds = [json.loads(line)["seconds"] for line in done.stdout.splitlines() if line.startswith('{"seconds"')]
+        rates.append(count * ROWS * tokens / max(statistics.median(each) for each in seconds))
+    name = f"qwen3-{size}-{tokens // 1024}k/zero3"
+    return [
+        row(f"tokens_per_s/{name}/1gpu", rates[0], "tokens/s"),
+        row(f"tokens_per_s/{name}/{gpus}gpu", rates[1], "tokens/s"),
+        row(f"scaling/{gpus}gpu", rates[1] / rates[0], "x one GPU", goal=f">= {0.925 * gpus:g}"),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=CASES, help="ours, ours-recompute or liger-recompute / size")
+    parser.add_argument("--cases", nargs="*", default=CASES, help="ours, ours-recompute or liger-recompute / size")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens of a row")
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--gpus", type=int, default=1, help="more than one: also measure how ZeRO-3 scales to so many")
+    parser.add_argument("--stage", type=int, default=1, help="ZeRO stage of a case run by itself")
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.in_process:
         kind, size = args.cases[0].split("/")
+        more = {"stage": args.stage} if kind.startswith("ours") else {}
         run = ours if kind.startswith("ours") else liger
-        print(json.dumps(run(size, kind.endswith("recompute"), args.tokens, args.steps)))
+        print(json.dumps(run(size, kind.endswith("recompute"), args.tokens, args.steps, **more)))
         return
     rows = []
     for case in args.cases:
@@ -166,8 +194,12 @@ def main() -> None:
         found = json.loads(done.stdout.strip().splitlines()[-1])
         rows += rows_of(case, found, args.tokens)
         print(*(f"{one['name']} {one['value']:.4g}" for one in rows[-3:]), sep="  ", flush=True)
+    if args.gpus > 1:
+        rows += scaling(args.gpus, "1.7b", args.tokens, args.steps)
+        print(*(f"{one['name']} {one['value']:.4g}" for one in rows[-3:]), sep="  ", flush=True)
     question = "How much of a GPU does a student's training step use, with cached logits in the loss?"
-    print(write("student", question, rows, device=torch.cuda.get_device_name(), commit=commit()))
+    what = "student" if args.gpus == 1 else f"student-{args.gpus}gpu"
+    print(write(what, question, rows, device=torch.cuda.get_device_name(), commit=commit()))
 
 
 if __name__ == "__main__":
