@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from distill.cache_codec import LOGPROB_STEP
+from distill.cache_levels import LOG_BOUND, SQRT_STEP
 from distill.errors import DataError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _FILE_MAGIC, _BLOCK_MAGIC, _CLOSE_MAGIC = b"DSTLGTS1", b"DBLK", b"DEND"
 _FILE_HEAD = struct.Struct("<8sI")
 # magic, kind, key bytes, tokens, payload bytes, CRC of key and payload, CRC of all before
@@ -35,7 +35,8 @@ DATA, INDEX = 1, 2
 class CacheHeader:
     """Where the distributions come from; caches whose headers agree (versions aside) may be mixed.
 
-    Fingerprints are hex strings; tail_bound is a probability mass, logprob_step is in nats.
+    Fingerprints are hex strings. tail_bound and min_mass, below which an entry counts into the tail, are probability
+    masses; sqrt_step and log_bound: cache_levels.py.
     """
 
     teacher_fingerprint: str
@@ -44,8 +45,11 @@ class CacheHeader:
     vocab_size: int
     k_max: int
     tail_bound: float
+    tail_draws: int = 0
+    min_mass: float = 0.0
     temperature: float = 1.0
-    logprob_step: float = LOGPROB_STEP
+    sqrt_step: float = SQRT_STEP
+    log_bound: float = LOG_BOUND
     schema: int = SCHEMA_VERSION
     versions: dict[str, str] = field(default_factory=dict)
 

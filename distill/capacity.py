@@ -33,7 +33,7 @@ class Gpu:
     hbm_bytes_per_s: float
 
     def peak(self, element_bytes: int) -> float:
-        return self.bf16_flops if element_bytes == 2 else self.fp32_flops
+        return self.fp32_flops if element_bytes == 4 else self.bf16_flops  # FP8 weights: computed in bfloat16
 
 
 GPUS = {
@@ -54,6 +54,7 @@ SAMPLE_WORKSPACE_BYTES = 5 * GB
 TRAIN_RUNTIME_BYTES = 2 * GB
 BUCKET_ELEMENTS = 5e8
 CHUNK_TOKENS = 4096
+FLOAT8_BYTES = 1 + 4 / 128**2  # a weight and its share of the float32 scale of a block of 128 x 128
 
 ASSUMED = (
     f"training runs at {TRAIN_MFU:.0%} of peak within a node (34-41 % measured on one H100: 1.7B and 4B students, "
@@ -136,7 +137,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Placement:
-    """One way to lay a model over GPUs: a copy takes `size`, its routed experts divided by EP, all else by TP."""
+    """One way to lay a model over GPUs: a copy takes `size`; EP divides the routed experts, TP attention and MLPs."""
 
     tensor_parallel: int
     expert_parallel: int
@@ -159,19 +160,33 @@ class Placement:
         return f"{experts}TP {self.tensor_parallel}, {self.copies} {'copy' if self.copies == 1 else 'copies'}"
 
 
-def place(g: Geometry, gpu: Gpu, gpus: int, gpus_per_node: int, load: Load, element: int = 2) -> Placement:
-    """The fastest placement that fits all `gpus`; if none fits, the one that needs the least memory per GPU."""
-    ways = [_placement(g, gpu, gpus, gpus_per_node, load, element, *way) for way in _ways(g, gpus, gpus_per_node)]
-    fitting = [way for way in ways if way.fits]
+def place(
+    g: Geometry,
+    gpu: Gpu,
+    gpus: int,
+    gpus_per_node: int,
+    load: Load,
+    element: int = 2,
+    ways: tuple[int, int] | None = None,
+) -> Placement:
+    """The fastest placement that fits all `gpus`; if none fits, the one that needs the least memory per GPU.
+
+    element: bytes of a weight, 1 for block-scaled FP8 (embedding, head, norms and routers stay in bfloat16, and so does
+    the cache). ways: (TP, EP) if they are given and not to be chosen.
+    """
+    choice = [ways] if ways else _ways(g, gpus, gpus_per_node)
+    found = [_placement(g, gpu, gpus, gpus_per_node, load, element, *way) for way in choice]
+    fitting = [way for way in found if way.fits]
     if fitting:
         return max(fitting, key=lambda way: (way.tokens_per_s, -way.size))
-    return min(ways, key=lambda way: way.memory_bytes)
+    return min(found, key=lambda way: way.memory_bytes)
 
 
 def _ways(g: Geometry, gpus: int, gpus_per_node: int) -> list[tuple[int, int]]:
-    """(TP, EP) pairs: TP divides the heads and stays within a node; EP divides the experts; copies fill all GPUs."""
+    """(TP, EP) pairs: TP divides heads and MLPs and stays within a node; EP divides experts; copies fill all GPUs."""
     node = min(gpus, gpus_per_node)
-    tensor = [n for n in range(1, node + 1) if g.heads % n == 0 and gpus % n == 0 and node % n == 0]
+    sizes = (g.heads, kv_heads(g), g.intermediate_size, g.moe_intermediate_size or 0, gpus, node)
+    tensor = [n for n in range(1, node + 1) if not any(size % n for size in sizes)]
     if not is_mla(g):
         return [(n, 1) for n in tensor]
     expert = [n for n in range(1, gpus + 1) if g.routed_experts % n == 0 and gpus % n == 0]
@@ -181,9 +196,8 @@ def _ways(g: Geometry, gpus: int, gpus_per_node: int) -> list[tuple[int, int]]:
 def _placement(
     g: Geometry, gpu: Gpu, gpus: int, gpus_per_node: int, load: Load, element: int, tp: int, ep: int
 ) -> Placement:
-    count, size = parameters(g), max(tp, ep)
-    weights = {"experts": count.routed * element / ep, "other weights": (count.total - count.routed) * element / tp}
-    token_bytes = cache_bytes_per_token(g, element, tp)
+    size, weights = max(tp, ep), weight_bytes(g, element, tp, ep)
+    token_bytes = cache_bytes_per_token(g, max(element, 2), tp)
     longest = token_bytes * (load.prompt_tokens + load.max_new_tokens)
     usual = token_bytes * (load.prompt_tokens + load.mean_new_tokens)
     room = gpu.memory_bytes - sum(weights.values()) - SAMPLE_WORKSPACE_BYTES
@@ -195,6 +209,13 @@ def _placement(
     return Placement(tp, ep, gpus // size, memory, room >= longest, rate)
 
 
+def weight_bytes(g: Geometry, element: int, tp: int, ep: int) -> dict[str, float]:
+    """Bytes of the weights on one GPU of a copy that is divided like this."""
+    count, matrix = parameters(g), FLOAT8_BYTES if element == 1 else element
+    other = count.cut * matrix / tp + count.low_rank * matrix + count.whole * max(element, 2)
+    return {"experts": count.routed * matrix / ep, "other weights": other}
+
+
 def _step_seconds(
     g: Geometry, gpu: Gpu, load: Load, element: int, tp: int, ep: int, sequences: int, across_nodes: bool
 ) -> float:
@@ -202,10 +223,11 @@ def _step_seconds(
     count, size = parameters(g), max(tp, ep)
     in_flight = sequences * size / tp
     touched = 1 - (1 - g.experts_per_token / g.routed_experts) ** in_flight if count.routed else 0.0
-    other = count.total - count.routed - count.embedding
+    weights = weight_bytes(g, element, tp, ep)
     context = load.prompt_tokens + load.mean_new_tokens / 2
-    cache = sequences * cache_bytes_per_token(g, element, tp) * context
-    read_s = ((count.routed / ep * touched + other / tp) * element + cache) / gpu.hbm_bytes_per_s
+    cache = sequences * cache_bytes_per_token(g, max(element, 2), tp) * context
+    read = weights["experts"] * touched + weights["other weights"] - count.embedding * max(element, 2)
+    read_s = (read + cache) / gpu.hbm_bytes_per_s
     compute_s = in_flight / size * forward_flops(g, context, absorbed=True) / gpu.peak(element)
     sync_s = 0.0 if size == 1 else g.layers * (LAYER_SYNC_NODES_S if across_nodes else LAYER_SYNC_S)
     return max(read_s, compute_s) / DECODE_SHARE + sync_s

@@ -35,7 +35,7 @@ def check_checkpoint(path: str | os.PathLike) -> dict:
             where=str(folder / "config.json"),
             remedy="Use a checkpoint saved by transformers' save_pretrained.",
         )
-    for file, promised in _weight_files(folder).items():
+    for file, promised in weight_files(folder).items():
         held = read_header(file)
         if lacking := promised - held.keys():
             raise ModelError(
@@ -94,7 +94,7 @@ def fingerprint_checkpoint(path: str | os.PathLike) -> str:
     Up to 1 GB the files are hashed whole; above, their sizes, headers, first and last MiB: 1.4 TB takes hours to read.
     """
     folder = resolve_checkpoint(path)
-    files = sorted(_weight_files(folder))
+    files = sorted(weight_files(folder))
     whole = sum(file.stat().st_size for file in files) <= WHOLE_FILE_BYTES
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in files:
@@ -114,7 +114,7 @@ def _ends(file: Path, size_bytes: int = 1 << 20) -> bytes:
         return first + stream.read()
 
 
-def _weight_files(folder: Path) -> dict[Path, set[str]]:
+def weight_files(folder: Path) -> dict[Path, set[str]]:
     """Weight file -> the tensors that the index says it holds (none said for a single file)."""
     if (folder / SINGLE).is_file():
         return {folder / SINGLE: set()}

@@ -174,7 +174,7 @@ class Teacher(Section):
     token_env: str | None = setting(None, "environment variable that holds the service's token", pattern=ENV_NAME)
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto is bfloat16 on GPU, float32 on CPU")
     geometry: Geometry | None = setting(None, "sizes for the plan; null reads config.json in path")
-    batch_size: Int = setting(64, "completions in flight on one device", unit="sequences", ge=1)
+    batch_size: Int = setting(64, "completions in flight on one device, or at url", unit="sequences", ge=1)
     tensor_parallel: Ways = setting(1, "ranks that share attention and dense layers; auto: the plan's", unit="devices")
     expert_parallel: Ways = setting(1, "ranks that share the routed experts; auto: the plan's", unit="devices")
     sampling: Sampling = setting(Sampling(), "how traces are drawn")

@@ -6,6 +6,7 @@ Every check returns its problems, so that a user sees all of them before any wor
 from __future__ import annotations
 
 import ipaddress
+import json
 import netrc
 import os
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,8 @@ from urllib.parse import urlsplit
 
 from distill.checkpoints import check_checkpoint
 from distill.config_load import Loc, Origin, Problem, summary
-from distill.errors import CapacityError, DistillError, ModelError, ServiceError
+from distill.errors import CapacityError, ConfigError, DistillError, ModelError, ServiceError
+from distill.split import expert_problems, tensor_problems, ways_problems
 
 if TYPE_CHECKING:
     from distill.config import Config, Geometry
@@ -38,6 +40,7 @@ def cross_check(config: Config, origin: Origin) -> list[Problem]:
         _service,
         _hardware,
         _geometries,
+        _sharding,
     )
     return [problem for check in checks for problem in check(config, origin)]
 
@@ -123,6 +126,9 @@ def _publishing(config: Config, origin: Origin) -> Iterator[Problem]:
     if publish.repo and publish.student is None:
         must = "but publish.student is null, so there is nothing to upload. Name a student, or best."
         yield _problem(origin, ("publish", "repo"), repr(publish.repo), must, ("publish", "student"))
+    if publish.gguf and publish.student is None:
+        must = "but publish.student is null, so there is nothing to write. Name a student, or best."
+        yield _problem(origin, ("publish", "gguf"), "true", must, ("publish", "student"))
     llama = (publish.license or "").lower().startswith("llama")
     if publish.repo and llama and not publish.repo.split("/")[1].startswith("Llama"):
         must = "the Llama licence wants the name of a derived model to start with Llama. Use ORG/Llama-..."
@@ -137,6 +143,13 @@ def _service(config: Config, origin: Origin) -> Iterator[Problem]:
     if teacher.token_env and not teacher.url:
         must = "but teacher.url is null, so no service is asked. Set teacher.url, or remove token_env."
         yield _problem(origin, ("teacher", "token_env"), repr(teacher.token_env), must, ("teacher", "url"))
+    if not is_loopback(f"http://{_bracketed(config.serve.host)}") and config.serve.token_env is None:
+        must = "a service that other machines reach must ask for a token. Set serve.token_env, or use host: 127.0.0.1."
+        yield _problem(origin, ("serve", "host"), repr(config.serve.host), must, ("serve", "token_env"))
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def _hardware(config: Config, origin: Origin) -> Iterator[Problem]:
@@ -175,6 +188,49 @@ def _geometry(g: Geometry, loc: Loc, origin: Origin) -> Iterator[Problem]:
             yield _problem(origin, (*loc, name), getattr(g, name), f"it {must}. Copy it from the model's config.json.")
 
 
+def _sharding(config: Config, origin: Origin) -> Iterator[Problem]:
+    teacher, gpus, node = config.teacher, config.hardware.gpus, config.hardware.gpus_per_node
+    tensor, expert = ("teacher", "tensor_parallel"), ("teacher", "expert_parallel")
+    ways = {tensor: teacher.tensor_parallel, expert: teacher.expert_parallel}
+    if teacher.url is not None:
+        return
+    if "auto" in ways.values():
+        if set(ways.values()) != {"auto"}:
+            must = "teacher.tensor_parallel and teacher.expert_parallel are auto together. Set both, or neither."
+            yield _problem(origin, tensor, ways[tensor], must, expert)
+        return
+    for problem in ways_problems(*ways.values(), gpus):
+        locs = (tensor, expert) if ways[tensor] >= ways[expert] else (expert, tensor)
+        must = f"{problem} (hardware.gpus is {gpus}). Use divisors, or auto for both."
+        yield _problem(origin, locs[0], ways[locs[0]], must, locs[1])
+    if ways[tensor] > node:
+        must = f"it must stay within a node, hardware.gpus_per_node is {node}. Lower it."
+        yield _problem(origin, tensor, ways[tensor], must, ("hardware", "gpus_per_node"))
+    if teacher.geometry is not None:
+        for loc, problem in _cuts(config, _sizes(teacher.geometry)):
+            yield _problem(origin, loc, ways[loc], f"{problem}.")
+
+
+def _cuts(config: Config, sizes: Mapping[str, object]) -> Iterator[tuple[Loc, str]]:
+    """The setting and the problem wherever a teacher of these sizes cannot be split as the config says."""
+    for name, problems in (("tensor_parallel", tensor_problems), ("expert_parallel", expert_problems)):
+        ways = getattr(config.teacher, name)
+        if ways != "auto":
+            yield from ((("teacher", name), problem) for problem in problems(sizes, ways))
+
+
+def _sizes(g: Geometry) -> dict[str, object]:
+    """A geometry under the names of config.json."""
+    return {
+        "model_type": g.family,
+        "num_attention_heads": g.heads,
+        "num_key_value_heads": g.kv_heads or g.heads,
+        "intermediate_size": g.intermediate_size,
+        "moe_intermediate_size": g.moe_intermediate_size,
+        "n_routed_experts": g.routed_experts,
+    }
+
+
 # --- The machine ---------------------------------------------------------------------
 
 
@@ -185,6 +241,7 @@ def check_machine(config: Config, environment: Mapping[str, str] = os.environ) -
     Takes seconds at most: nothing is downloaded and no weight is read.
     """
     found = [*_gpu_errors(config), *_checkpoint_errors(config, environment), *_token_errors(config, environment)]
+    found += _split_errors(config)
     if len(found) == 1:
         raise found[0]
     if found:
@@ -234,6 +291,20 @@ def _checkpoint_error(name: str, path: str, offline: bool, environment: Mapping[
             f"{name} is {path}: no such folder, not in the Hub cache, and HF_HUB_OFFLINE is set", remedy=remedy
         )
     return None
+
+
+def _split_errors(config: Config) -> Iterator[DistillError]:
+    """What a teacher in a folder here says of the split; `geometry` was judged with the config."""
+    path = Path(config.teacher.path) / "config.json"
+    if config.teacher.url is not None or config.teacher.geometry is not None or not path.is_file():
+        return
+    try:
+        sizes = json.loads(path.read_bytes())
+    except ValueError:
+        return  # reported with the checkpoint
+    for loc, problem in _cuts(config, sizes) if isinstance(sizes, dict) else ():
+        name = ".".join(loc)
+        yield ConfigError(f"{name} is {getattr(config.teacher, loc[1])}; {problem} of {path}", remedy=f"Change {name}.")
 
 
 def _folder_error(name: str, folder: Path) -> DistillError | None:

@@ -5,11 +5,17 @@ always slots 0..A-1. Free slots are filled again a group at a time: prompts of l
 of the same prompt in it share its computation. Bookkeeping is numpy over rows; a step reads one [A] tensor back from
 the device.
 
+A row brings its own parameters, may be cancelled, and may be told of step by step: `sample` runs one set of requests,
+`rows` hands the loop to a service. Either way a row's tokens are the same.
+
 Shape legend: A active rows, N new rows, B distinct prompts of a prefill, P their padded length, T completion tokens,
 V vocabulary.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 
 import numpy as np
@@ -18,9 +24,10 @@ from torch import Tensor
 
 from distill.errors import DataError, ModelError
 from distill.records import CaptureSpec, Sample, SampleRequest, SamplingParams, TokenDists
+from distill.row_settings import Settings, StopTexts
 from distill.sampling import StepLogits, capture_support, draw, uniform
 from distill.slots import SlotModel
-from distill.step_log import StepLog, Tokens
+from distill.step_log import Drawn, StepLog, Tokens
 
 FLUSH_STEPS = 16  # finished samples are handed out this often
 REFILL_SHARE = 16  # refill when 1/16 of the slots is free: fewer prefills, each over more prompts
@@ -28,11 +35,30 @@ PREFILL_TOKENS = 4096  # padded tokens of one prefill or scoring batch
 SCORE_LOGITS = 1 << 23  # logits held at once while scoring
 
 
-class Generator:
-    """Draws and scores completions of one model. `stop_ids` end a completion and belong to it."""
+@dataclass(frozen=True)
+class Row:
+    """One completion to draw, and how. live: its tokens are told of after every step, not only when it ends."""
 
-    def __init__(self, model: SlotModel, batch_size: int, stop_ids: Iterable[int]):
-        self.model, self.slots = model, batch_size
+    request: SampleRequest
+    params: SamplingParams
+    capture: CaptureSpec | None = None
+    live: bool = False
+
+
+class Generator:
+    """Draws and scores completions of one model. `stop_ids` end a completion and belong to it.
+
+    token_bytes: gives the bytes of each id; called once, by the first row with a stop text.
+    """
+
+    def __init__(
+        self,
+        model: SlotModel,
+        batch_size: int,
+        stop_ids: Iterable[int],
+        token_bytes: Callable[[], Sequence[bytes]] | None = None,
+    ):
+        self.model, self.slots, self._read_bytes = model, batch_size, token_bytes
         stop_ids = sorted(set(stop_ids))
         if stop_ids and not 0 <= stop_ids[0] <= stop_ids[-1] < model.vocab_size:
             raise ModelError(
@@ -43,6 +69,12 @@ class Generator:
         self.is_stop_V = np.zeros(model.vocab_size, dtype=bool)
         self.is_stop_V[stop_ids] = True
 
+    @cached_property
+    def token_bytes(self) -> Sequence[bytes]:
+        if self._read_bytes is None:
+            raise DataError("stop texts need the bytes of each token", where="stop", remedy="Use stop ids.")
+        return self._read_bytes()
+
     def sample(
         self, requests: Iterable[SampleRequest], params: SamplingParams, capture: CaptureSpec | None = None
     ) -> Iterator[Sample]:
@@ -50,14 +82,31 @@ class Generator:
 
         Raises DataError for an empty prompt, an id outside the vocabulary, or more tokens than the model's positions.
         """
-        with self.model.session(self.slots):
-            loop = _Loop(self, params, capture)
-            waiting = iter(requests)
-            while loop.refill(waiting) or loop.active:
+        waiting = iter(requests)
+        with self.rows() as loop:
+            while True:
+                if loop.wants_rows:
+                    while new := list(islice(waiting, loop.free)):
+                        loop.admit([Row(request, params, capture) for request in new])
+                if not loop.active:
+                    break
                 loop.step()
                 if loop.log.pending_steps >= FLUSH_STEPS:
                     yield from loop.log.flush()
             yield from loop.log.flush()
+
+    @contextmanager
+    def rows(self) -> "Iterator[RowLoop]":
+        """The loop itself, with no row in it, for whoever feeds it between steps. One at a time."""
+        with self.model.session(self.slots):
+            yield RowLoop(self)
+
+    def check(self, row: Row, where: str) -> None:
+        """Raises DataError if the row cannot run: call it before `admit` where an error must not stop the others."""
+        ids = row.request.prompt_ids
+        check_ids(ids, len(ids), row.params.max_new_tokens, self.model, where)
+        if row.params.stop:
+            _ = self.token_bytes
 
     def score(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], capture: CaptureSpec) -> list[TokenDists]:
         """The distributions of every completion token of (prompt_ids, completion_ids) pairs, in the order given."""
@@ -92,16 +141,40 @@ class Generator:
         return Tokens.of(sampled_T.cpu().numpy(), support)
 
 
-class _Loop:
-    """The rows of one `sample` call: who owns each slot, how long it is, what was drawn last."""
+class RowLoop:
+    """The rows of a generate loop: who owns each slot, how long it is, what was drawn last."""
 
-    def __init__(self, generator: Generator, params: SamplingParams, capture: CaptureSpec | None):
-        self.model, self.slots, self.is_stop_V = generator.model, generator.slots, generator.is_stop_V
-        self.params, self.capture, self.log = params, capture, StepLog()
+    def __init__(self, generator: Generator):
+        self.generator, self.model, self.slots = generator, generator.model, generator.slots
+        self.log = StepLog()
         self.active = 0
-        self.owners, self.seeds, self.lengths, self.drawn = np.zeros((4, self.slots), dtype=np.int64)
+        self.owners, self.seeds, self.lengths, self.drawn, self.budget = np.zeros((5, self.slots), dtype=np.int64)
+        self.how, self.capture = Settings(self.slots), Settings(self.slots)
         self.done = np.zeros(self.slots, dtype=bool)
         self.last_token = torch.zeros(self.slots, dtype=torch.int64, device=self.model.device)
+        self.stops: dict[int, StopTexts] = {}
+
+    @property
+    def free(self) -> int:
+        return self.slots - self.active
+
+    @property
+    def wants_rows(self) -> bool:
+        """Whether enough slots are free for a prefill to be worth it."""
+        return self.free >= max(1, self.slots // REFILL_SHARE) if self.active else True
+
+    def admit(self, rows: Sequence[Row]) -> list[int]:
+        """Prefills these rows, at most `free`, and draws their first tokens; the owner of each, in order."""
+        owners = [self.log.open(row.request, row.live) for row in rows]
+        by_prompt: dict[tuple[int, ...], list[tuple[int, Row]]] = {}
+        for owner, row in zip(owners, rows):
+            by_prompt.setdefault(tuple(row.request.prompt_ids), []).append((owner, row))
+            if row.params.stop:
+                self.stops[owner] = StopTexts(row.params.stop, self.generator.token_bytes)
+        for prompts in _length_groups(sorted(by_prompt, key=len), len):
+            self._prefill(prompts, [by_prompt[prompt] for prompt in prompts])
+        self._release()
+        return owners
 
     def step(self) -> None:
         """One more token for every active row."""
@@ -112,37 +185,33 @@ class _Loop:
         self._draw(slice(0, active), logits_AV)
         self._release()
 
-    def refill(self, waiting: Iterator[SampleRequest]) -> bool:
-        """Fills free slots with waiting requests when enough are free; whether any row is left to step."""
-        free = self.slots - self.active
-        if self.active and free < max(1, self.slots // REFILL_SHARE):
-            return True
-        while free := self.slots - self.active:
-            new = list(islice(waiting, free))
-            if not new:
-                break
-            self._admit(new)
-        return self.active > 0
+    def news(self) -> list[Drawn]:
+        """What became of the rows, as soon as there is something to tell; call it after every step."""
+        return self.log.told() if self.log.has_news or self.log.pending_steps >= FLUSH_STEPS else []
 
-    def _admit(self, requests: list[SampleRequest]) -> None:
-        by_prompt: dict[tuple[int, ...], list[SampleRequest]] = {}
-        for request in requests:
-            by_prompt.setdefault(tuple(request.prompt_ids), []).append(request)
-        for prompts in _length_groups(sorted(by_prompt, key=len), len):
-            self._prefill(prompts, [by_prompt[prompt] for prompt in prompts])
+    def cancel(self, owners: Iterable[int]) -> None:
+        """Frees the slots of these rows; they are not told of any more."""
+        gone = list(owners)
+        for owner in gone:
+            self.log.drop(owner)
+            self.stops.pop(owner, None)
+        self.done[: self.active] = np.isin(self.owners[: self.active], gone)
         self._release()
 
-    def _prefill(self, prompts: list[tuple[int, ...]], requests: list[list[SampleRequest]]) -> None:
+    def _prefill(self, prompts: list[tuple[int, ...]], owned: list[list[tuple[int, Row]]]) -> None:
         sources, lengths = [], [len(prompt) for prompt in prompts]
-        for source, shared in enumerate(requests):
+        for source, shared in enumerate(owned):
             sources += [source] * len(shared)
         rows = slice(self.active, self.active + len(sources))
-        for row, (source, request) in enumerate(zip(sources, (r for shared in requests for r in shared)), rows.start):
-            check_ids(
-                request.prompt_ids, lengths[source], self.params.max_new_tokens, self.model, f"prompt {request.key}"
-            )
-            self.owners[row], self.seeds[row] = self.log.open(request), request.seed
-            self.lengths[row], self.drawn[row] = lengths[source], 0
+        for slot, (source, (owner, row)) in enumerate(
+            zip(sources, (r for shared in owned for r in shared)), rows.start
+        ):
+            request, params = row.request, row.params
+            check_ids(request.prompt_ids, lengths[source], params.max_new_tokens, self.model, f"prompt {request.key}")
+            self.owners[slot], self.seeds[slot] = owner, request.seed
+            self.lengths[slot], self.drawn[slot], self.budget[slot] = lengths[source], 0, params.max_new_tokens
+            self.how.set(slot, (params.temperature, params.top_p, params.top_k, params.min_p), params)
+            self.capture.set(slot, row.capture, row.capture)
         ids_BP, lengths_B = _padded(prompts, self.model.device)
         slots_N = torch.arange(rows.start, rows.stop, device=self.model.device)
         source_N = torch.tensor(sources, device=self.model.device)
@@ -155,16 +224,44 @@ class _Loop:
         """Draws, logs and stores one token for these rows; marks the rows that end with it."""
         step = StepLogits(logits_AV)
         uniform_A = torch.from_numpy(uniform(self.seeds[rows], self.drawn[rows])).to(logits_AV.device)
-        token_A = draw(step, uniform_A, self.params)
-        support = capture_support(step, token_A, self.capture) if self.capture else None
+        token_A = self._choose(step, uniform_A, rows)
+        owners_A, drawn_A = self.owners[rows].copy(), None
+        for spec, index in self.capture.groups(rows):
+            some, tokens_R = (step, token_A) if index is None else _part(step, token_A, index)
+            support = capture_support(some, tokens_R, spec) if spec else None
+            drawn_A = token_A.cpu().numpy() if drawn_A is None else drawn_A
+            chosen = slice(None) if index is None else index
+            self.log.add(owners_A[chosen], drawn_A[chosen], support)
         self.last_token[rows] = token_A
-        token_A = token_A.cpu().numpy()
-        self.log.add(self.owners[rows].copy(), token_A, support)
         self.drawn[rows] += 1
-        stopped_A = self.is_stop_V[token_A]
-        self.done[rows] = stopped_A | (self.drawn[rows] >= self.params.max_new_tokens)
-        for row in np.flatnonzero(self.done[rows]):
-            self.log.finish(int(self.owners[rows][row]), "stop" if stopped_A[row] else "length")
+        self._finish(rows, owners_A, drawn_A)
+
+    def _choose(self, step: StepLogits, uniform_A: Tensor, rows: slice) -> Tensor:
+        token_A = None
+        for params, index in self.how.groups(rows):
+            if index is None:
+                return draw(step, uniform_A, params)
+            some, uniform_R = _part(step, uniform_A, index)
+            token_A = torch.empty_like(uniform_A, dtype=torch.int64) if token_A is None else token_A
+            token_A[torch.from_numpy(index).to(token_A.device)] = draw(some, uniform_R, params)
+        return token_A
+
+    def _finish(self, rows: slice, owners_A: np.ndarray, drawn_A: np.ndarray) -> None:
+        stopped_A = self.generator.is_stop_V[drawn_A]
+        ended_A = stopped_A | (self.drawn[rows] >= self.budget[rows])
+        texts = self._stop_texts(owners_A, np.where(stopped_A, -1, drawn_A)) if self.stops else {}
+        ended_A[list(texts)] = True
+        self.done[rows] = ended_A
+        for a in np.flatnonzero(ended_A).tolist():
+            owner = int(owners_A[a])
+            self.stops.pop(owner, None)
+            self.log.finish(owner, "stop" if stopped_A[a] or a in texts else "length", texts.get(a))
+
+    def _stop_texts(self, owners_A: np.ndarray, drawn_A: np.ndarray) -> dict[int, str]:
+        """Row -> the stop text that its new token completes; a token of -1 is left out."""
+        watched = ((a, self.stops.get(owner)) for a, owner in enumerate(owners_A.tolist()))
+        found = {a: stop.add(int(drawn_A[a])) for a, stop in watched if stop and drawn_A[a] >= 0}
+        return {a: text for a, text in found.items() if text is not None}
 
     def _release(self) -> None:
         """Frees the rows that are done; active rows from the end take their slots."""
@@ -177,11 +274,24 @@ class _Loop:
         self.active = left
         if not len(holes):
             return
-        for column in (self.owners, self.seeds, self.lengths, self.drawn):
+        for column in (
+            self.owners,
+            self.seeds,
+            self.lengths,
+            self.drawn,
+            self.budget,
+            self.how.of_S,
+            self.capture.of_S,
+        ):
             column[holes] = column[movers]
         to_M, from_M = (torch.from_numpy(index).to(self.model.device) for index in (holes, movers))
         self.last_token[to_M] = self.last_token[from_M]
         self.model.move(to_M, from_M, int(self.lengths[holes].max()))
+
+
+def _part(step: StepLogits, per_row_A: Tensor, index: np.ndarray) -> tuple[StepLogits, Tensor]:
+    index_R = torch.from_numpy(index).to(per_row_A.device)
+    return step.rows(index_R), per_row_A[index_R]
 
 
 def _length_groups(items: list, length) -> Iterator[list]:

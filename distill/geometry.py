@@ -46,6 +46,13 @@ class Parameters:
     active: int
     routed: int  # in routed experts, of total
     embedding: int  # looked up, not multiplied; 0 when the head is the embedding
+    cut: int  # of total, in matrices of attention, dense MLPs and shared experts that tensor parallelism divides
+    low_rank: int  # of total, in projections into MLA's latents, which every rank holds whole
+
+    @property
+    def whole(self) -> int:
+        """What every rank holds whole and in full precision: embedding, head, norms, routers."""
+        return self.total - self.routed - self.cut - self.low_rank
 
     @property
     def multiplied(self) -> int:
@@ -69,15 +76,18 @@ def parameters(g: Geometry) -> Parameters:
     """All parameters of the model without a multi-token-prediction module (R1's released files add one of 11.5B)."""
     h, table = g.hidden_size, g.vocab_size * g.hidden_size
     rest = g.layers * (_attention(g) + 2 * h) + h + table * (1 if g.tie_embeddings else 2)
+    embedding, norms, low_rank = 0 if g.tie_embeddings else table, _attention_norms(g), _low_rank(g)
+    cut = g.layers * (_attention(g) - norms - low_rank)
     if not is_mla(g):
-        total = rest + g.layers * 3 * h * g.intermediate_size
-        return Parameters(total, total, 0, 0 if g.tie_embeddings else table)
+        mlps = g.layers * 3 * h * g.intermediate_size
+        return Parameters(rest + mlps, rest + mlps, 0, embedding, cut + mlps, 0)
     moe_layers, expert = g.layers - g.dense_layers, 3 * h * g.moe_intermediate_size
     router = h * g.routed_experts + g.routed_experts  # the correction bias too
-    rest += g.dense_layers * 3 * h * g.intermediate_size + moe_layers * (router + g.shared_experts * expert)
+    mlps = g.dense_layers * 3 * h * g.intermediate_size + moe_layers * g.shared_experts * expert
+    rest += mlps + moe_layers * router
     routed = moe_layers * g.routed_experts * expert
     active = rest + moe_layers * g.experts_per_token * expert
-    return Parameters(rest + routed, active, routed, 0 if g.tie_embeddings else table)
+    return Parameters(rest + routed, active, routed, embedding, cut + mlps, g.layers * low_rank)
 
 
 def _attention(g: Geometry) -> int:
@@ -90,6 +100,20 @@ def _attention(g: Geometry) -> int:
     d, kv = head_dim(g), kv_heads(g)
     extra = {"qwen2": (heads + 2 * kv) * d, "qwen3": 2 * d}.get(g.family, 0)  # biases of q, k, v; norms of q, k
     return h * d * (heads + 2 * kv) + heads * d * h + extra
+
+
+def _attention_norms(g: Geometry) -> int:
+    """Of _attention, what is no matrix and not divided."""
+    if is_mla(g):
+        return (g.q_lora_rank or 0) + g.kv_lora_rank
+    return 2 * head_dim(g) if g.family == "qwen3" else 0
+
+
+def _low_rank(g: Geometry) -> int:
+    """Of _attention, the projections into MLA's latents."""
+    if not is_mla(g):
+        return 0
+    return g.hidden_size * ((g.q_lora_rank or 0) + g.kv_lora_rank + g.qk_rope_head_dim)
 
 
 def layer_parameters(g: Geometry) -> int:

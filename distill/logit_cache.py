@@ -47,6 +47,8 @@ def cache_header(tokenizer, teacher_fingerprint: str, vocab_size: int, capture: 
         vocab_size=vocab_size,
         k_max=capture.k_max,
         tail_bound=capture.tail_bound,
+        tail_draws=capture.tail_draws,
+        min_mass=capture.min_mass,
     )
 
 
@@ -121,9 +123,9 @@ class CacheWriter:
             raise DataError(
                 "this trace is in the cache already", where=where, remedy="Skip traces that `key in writer` finds."
             )
-        block = pack_block(
-            DATA, key, len(dists), encode(dists, where, self.header.vocab_size, self.header.logprob_step)
-        )
+        header = self.header
+        payload = encode(dists, where, header.vocab_size, header.sqrt_step, header.log_bound, header.min_mass)
+        block = pack_block(DATA, key, len(dists), payload)
         self._write_at(self._end, block)
         self._entries[key] = Entry(key, self._end, self._end + len(block), len(dists))
         self._end += len(block)
@@ -214,10 +216,10 @@ class CacheReader:
         return self._entry(key).tokens
 
     def __getitem__(self, key: str) -> TokenDists:
-        """The distributions of a trace: ids, tail and sampled token as written, log-probabilities within half a
-        step."""
+        """The distributions of a trace: sampled tokens as written, and of each support the entries of at least the
+        header's min_mass, masses and tail rounded as cache_levels.py says and summing to 1, most likely first."""
         entry = self._entry(key)
-        return decode(self._payload(entry), entry.tokens, self.header.logprob_step)
+        return decode(self._payload(entry), entry.tokens, self.header.sqrt_step, self.header.log_bound)
 
     def _entry(self, key: str) -> Entry:
         if key not in self._entries:

@@ -7,6 +7,7 @@ something is missing and freed before the next stage.
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,9 +16,10 @@ from pathlib import Path
 
 from distill import dist, files, prompts, publish, traceset
 from distill.checkpoints import fingerprint_checkpoint, resolve_checkpoint
+from distill.client import ServiceTeacher
 from distill.commit import commit
 from distill.config import Config, Student, stage_spec
-from distill.errors import ConfigError, StoreError
+from distill.errors import ConfigError, ServiceError, StoreError
 from distill.evals.agreement import dense_scorer
 from distill.evals.report import write_report
 from distill.evals.results import Candidate
@@ -26,6 +28,7 @@ from distill.evals.suite import Entrant, Opened, Suite, run_suite
 from distill.evals.table import render_table
 from distill.grade import Grader
 from distill.model_card import Made
+from distill.plan import teacher_split
 from distill.records import CaptureSpec, SamplingParams
 from distill.store import RunFolder, StageFolder
 from distill.tokens import fingerprint, load_tokenizer
@@ -43,16 +46,13 @@ class Pipeline:
     """One launch of one run. Use as a context manager: it releases the run's lock and closes the tracker."""
 
     def __init__(self, config: Config, *, command: str, restart: str | None = None):
-        if config.teacher.url:
-            raise ConfigError(
-                "traces cannot be sampled from a service yet", where="teacher.url", remedy="Set teacher.path instead."
-            )
         publish.check_publish(config)
         check_tokenizers(config)
         self.config, self.command = config, command
         self.ranks = dist.init_ranks(config.hardware.device)
         self.folder = RunFolder(config.run.dir, config.run.name, commit=commit(), rank=self.ranks.rank)
         try:
+            self.split = teacher_split(config, self.ranks.rank, self.ranks.world)
             self.ranks.on_main(self._prepare(restart))
             self.tracker = Tracker(config, self.folder.path, is_main=self.ranks.is_main)
         except BaseException:
@@ -92,19 +92,20 @@ class Pipeline:
 
     def traces(self) -> None:
         """2-traces and 3-logits: what the teacher says, graded, and what it might have said."""
-        inputs = {"prompts": self._input("prompts"), "teacher": fingerprint_checkpoint(self.config.teacher.path)}
+        inputs = {"prompts": self._input("prompts"), "teacher": self._teacher_fingerprint()}
         traces, logits = self._open("traces", inputs), self._open("logits", inputs)
         if self._skip(traces) and self._skip(logits, quiet=True):
             return
         train = prompts.load_prompts(self.folder.stage("prompts"), "train")
         with self._teacher() as engine:
-            TracesStage(self.config, traces, logits, self.ranks, engine).run(train)
+            TracesStage(self.config, traces, logits, self.ranks, engine, self.split).run(train)
+            record = self._service_record(engine)
         self.ranks.barrier()
         counts = self.ranks.on_main(lambda: summary(list(traceset.iter_traces(traces))))
         prints = {"teacher": inputs["teacher"], "tokenizer": fingerprint(load_tokenizer(self.config.teacher.path))}
         shards = logits.shards()
-        logits.finish({"shards": len(shards), "bytes": sum(s.bytes for s in shards)}, fingerprints=prints)
-        traces.finish(counts, fingerprints=prints)
+        logits.finish({"shards": len(shards), "bytes": sum(s.bytes for s in shards)}, fingerprints=prints, **record)
+        traces.finish(counts, fingerprints=prints, **record)
         self.ranks.barrier()
         dropped = ", ".join(f"{count} {reason}" for reason, count in counts["dropped"].items()) or "none"
         self.ranks.print(f"{traces.title}: kept {counts['kept']} of {counts['samples']} traces; dropped: {dropped}")
@@ -129,7 +130,7 @@ class Pipeline:
 
     def eval(self) -> None:
         """5-eval: teacher, bases and students on the same held-out prompts, and the report."""
-        inputs = {"prompts": self._input("prompts"), "teacher": fingerprint_checkpoint(self.config.teacher.path)}
+        inputs = {"prompts": self._input("prompts"), "teacher": self._teacher_fingerprint()}
         inputs |= {f"train/{each.name}": self._input("train", each.name) for each in self.config.students}
         stage = self._open("eval", inputs)
         if not self._skip(stage):
@@ -170,7 +171,8 @@ class Pipeline:
 
     def _entrants(self) -> list[Entrant]:
         teacher = self.config.teacher.path
-        found = [Entrant(candidate("teacher", "teacher", teacher), load_tokenizer(teacher), self._open_teacher)]
+        who = Candidate("teacher", "teacher", self._teacher_fingerprint())
+        found = [Entrant(who, load_tokenizer(teacher), self._open_teacher)]
         bases = {student.path: base_name(student, self.config.students) for student in self.config.students}
         for path, name in bases.items():
             found.append(Entrant(candidate(name, "base", path), load_tokenizer(path), partial(self._student, path)))
@@ -180,31 +182,68 @@ class Pipeline:
             found.append(Entrant(who, load_tokenizer(path), partial(self._student, path)))
         return found
 
-    @contextmanager
-    def _teacher(self) -> Iterator[Callable[[], TeacherEngine]]:
-        """A function that loads the teacher the first time it is called; freed at the end of the block."""
-        loaded: list[TeacherEngine] = []
+    def _teacher_fingerprint(self) -> str:
+        """What identifies the teacher: its weights, or what its service says of them. A service that cannot be reached
+        is no obstacle when its traces are finished."""
+        if not self.config.teacher.url:
+            return fingerprint_checkpoint(self.config.teacher.path)
+        traces = self.folder.stage("traces")
 
-        def load() -> TeacherEngine:
+        def ask() -> str:
+            try:
+                return connect(self.config).fingerprint
+            except ServiceError as error:
+                try:
+                    found = traces.manifest["fingerprints"]["teacher"]
+                except StoreError:
+                    raise error from None
+                print(f"{traces.title}: finished before; the teacher's service is not reached ({error.what})")
+                return found
+
+        return self.ranks.on_main(ask)
+
+    def _service_record(self, load: Callable[[], ServiceTeacher]) -> dict:
+        """For the manifests: where the teacher answered, and what it could not give."""
+        if not self.config.teacher.url:
+            return {}
+        service, capture = load(), self.config.teacher.capture
+        lacking = service.limitations(capture and CaptureSpec(capture.k_max, capture.tail_bound))
+        for each in lacking:
+            self.ranks.print(f"the teacher's service: {each}")
+        return {"service": {"url": service.url, "limitations": lacking}}
+
+    @contextmanager
+    def _teacher(self) -> Iterator[Callable[[], TeacherEngine | ServiceTeacher]]:
+        """A function that loads the teacher, or meets its service, the first time it is called; freed at the end of
+        the block."""
+        loaded: list[TeacherEngine | ServiceTeacher] = []
+
+        def load() -> TeacherEngine | ServiceTeacher:
+            if not loaded and self.config.teacher.url:
+                loaded.append(connect(self.config))
             if not loaded:
                 settings = self.config.teacher
                 loaded.append(
                     TeacherEngine(
-                        settings.path, dtype=settings.dtype, device=self.ranks.device, batch_size=settings.batch_size
+                        settings.path,
+                        dtype=settings.dtype,
+                        device=self.ranks.device,
+                        batch_size=settings.batch_size,
+                        split=self.split,
                     )
                 )
+                if self.split.size > 1:
+                    self.ranks.print(f"teacher: {self.split}; on rank 0: {loaded[0].loaded.report}")
             return loaded[0]
 
-        try:
-            yield load
-        finally:
-            for engine in loaded:
-                engine.close()
+        yield load
+        for engine in loaded:  # not after an error: ranks that share a model close it together, and then the run ends
+            engine.close()
 
     @contextmanager
     def _open_teacher(self) -> Iterator[Opened]:
         with self._teacher() as load:
-            yield Opened(load())
+            yield Opened(load(), split=self.split)
 
     @contextmanager
     def _student(self, path: str) -> Iterator[Opened]:
@@ -240,6 +279,8 @@ class Pipeline:
         )
         if not result["loaded_back"]:
             print(f"{stage.title}: too large for this machine's memory, so it was not loaded back and compared")
+        if result["gguf"] and not result["gguf"]["checked"]:
+            print(f"{stage.title}: too large for this machine's memory, so llama.cpp was not run on the GGUF file")
         stage.finish(
             {"student": name, "bytes": result["bytes"], "url": result["url"]}, wall_s=time.monotonic() - started_s
         )
@@ -272,6 +313,24 @@ class Pipeline:
         if done and not quiet:
             self.ranks.print(f"{stage.title}: finished before, skipped (took {stage.manifest['wall_s']:.0f} s)")
         return done
+
+
+def connect(config: Config) -> ServiceTeacher:
+    """The teacher's service; ServiceError when it cannot be reached or computes in another dtype than the config says.
+
+    The samples in flight are those of one device: the service has its own limits.
+    """
+    teacher = config.teacher
+    token = os.environ.get(teacher.token_env) if teacher.token_env else None
+    service = ServiceTeacher(teacher.url, teacher.path, token=token, concurrency=teacher.batch_size)
+    if teacher.dtype != "auto" and service.dtype not in (None, teacher.dtype):
+        raise ServiceError(
+            f"the service computes in {service.dtype}",
+            where="teacher.dtype",
+            value=teacher.dtype,
+            remedy=f"Use {service.dtype} or auto, or start the service with teacher.dtype: {teacher.dtype}.",
+        )
+    return service
 
 
 def check_tokenizers(config: Config) -> None:

@@ -14,6 +14,7 @@ from distill.capacity import (
     GPUS,
     Gpu,
     Load,
+    Placement,
     element_bytes,
     place,
     score_seconds,
@@ -22,9 +23,10 @@ from distill.capacity import (
 )
 from distill.config import Config, Geometry, Source, Student
 from distill.errors import ConfigError
-from distill.geometry import forward_flops, parameters, read_geometry, train_flops
+from distill.geometry import forward_flops, is_mla, parameters, read_geometry, train_flops
 from distill.plan_advice import Machine, cannot_sample, cannot_train
 from distill.plan_text import render
+from distill.split import Split
 
 MEAN_SHARE = 0.25
 PROMPT_TOKENS = 200
@@ -40,6 +42,8 @@ LENGTHS_ASSUMED = (
     f"a token takes {TRACE_BYTES} bytes in a trace, a stored position {POSITION_BYTES} bytes and {ENTRY_BYTES} for "
     f"each of at most k_max entries, a checkpoint {CHECKPOINT_BYTES} bytes a parameter",
     "loading of models, grading and the tail of a stage, when few sequences are left, are not counted",
+    "float8 is for an engine that keeps FP8 weights as the checkpoint has them and computes in bfloat16; one that "
+    "widens them as it loads needs the memory of bfloat16",
 )
 
 
@@ -69,6 +73,24 @@ class Row:
 
 
 @dataclass(frozen=True)
+class TeacherRow:
+    """The traces stage with the teacher's weights kept in `weights`; the fields are those of Row."""
+
+    weights: str
+    layout: str
+    memory: dict[str, float]
+    fits: bool
+    tokens_per_s: float | None
+    hours: float | None
+    gpu_hours: float | None
+    cost: float | None
+
+    @property
+    def memory_bytes(self) -> float:
+        return sum(self.memory.values())
+
+
+@dataclass(frozen=True)
 class Plan:
     """The stages of one config on `gpus` GPUs of a kind; `problems` says what does not fit and what to change."""
 
@@ -79,6 +101,7 @@ class Plan:
     gpu_memory_bytes: float
     price_per_device_hour: float | None
     rows: list[Row]
+    teacher: list[TeacherRow]
     disk: dict[str, float]
     problems: list[str]
     notes: list[str] = field(default_factory=list)
@@ -102,9 +125,11 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as one JSON object: the fields of Plan and Row, with bytes, hours and counts as numbers."""
-        rows = [asdict(row) | {"memory_bytes": row.memory_bytes} for row in self.rows]
+        rows, teacher = (
+            [asdict(row) | {"memory_bytes": row.memory_bytes} for row in table] for table in (self.rows, self.teacher)
+        )
         totals = {"fits": self.fits, "hours": self.hours, "cost": self.cost}
-        return json.dumps(asdict(self) | {"rows": rows} | totals, indent=2)
+        return json.dumps(asdict(self) | {"rows": rows, "teacher": teacher} | totals, indent=2)
 
 
 def plan(config: Config, gpus: int | None = None, gpu: str | None = None) -> Plan:
@@ -114,6 +139,23 @@ def plan(config: Config, gpus: int | None = None, gpu: str | None = None) -> Pla
     for a model whose sizes are neither in the config nor in its folder.
     """
     return _Planner(config, *_machine(config, gpus, gpu)).plan()
+
+
+def teacher_split(config: Config, rank: int, world: int) -> Split:
+    """The place of this rank of a run of `world` ranks in the teacher that the config asks for.
+
+    Where the config says auto, the plan's placement on `world` of its GPUs. ConfigError when they cannot be laid out.
+    """
+    teacher = config.teacher
+    if teacher.url:
+        return Split(rank=rank, world=world)
+    if teacher.tensor_parallel != "auto":
+        return Split(teacher.tensor_parallel, teacher.expert_parallel, rank, world)
+    new, geometry = teacher.sampling.max_new_tokens, teacher.geometry or read_geometry(teacher.path, "teacher.path")
+    load = Load(PROMPT_TOKENS, MEAN_SHARE * new, new, teacher.batch_size, teacher.batch_size * world)
+    node = config.hardware.gpus_per_node
+    placement = place(geometry, GPUS[config.hardware.gpu], world, node, load, element_bytes(teacher.dtype))
+    return Split(placement.tensor_parallel, placement.expert_parallel, rank, world)
 
 
 def _machine(config: Config, gpus: int | None, gpu: str | None) -> tuple[Gpu, int]:
@@ -144,7 +186,7 @@ class _Planner:
         price = config.hardware.price_per_device_hour
         machine = (self.gpu.name, self.gpus, self.node, self.gpu.memory_bytes, price)
         problems, notes = list(dict.fromkeys(self.problems)), list(dict.fromkeys(self.notes))
-        return Plan(config.run.name, *machine, rows, self.disk(), problems, notes)
+        return Plan(config.run.name, *machine, rows, list(self.teacher_rows()), self.disk(), problems, notes)
 
     # What is sampled and trained on
 
@@ -164,12 +206,26 @@ class _Planner:
     # Stages
 
     def trace_rows(self) -> Iterator[Row]:
-        teacher = self.config.teacher
-        load = self.load(teacher.sampling.max_new_tokens, teacher.batch_size, self.samples)
+        teacher, load = self.config.teacher, self.trace_load
         if teacher.url:
             self.notes.append(f"The teacher answers at {teacher.url}: its GPUs, hours and cost are not in this plan.")
             return
         yield self.sampling_row("traces", "teacher", self.teacher_geometry(), 0.0, load, teacher.dtype)
+
+    def teacher_rows(self) -> Iterator[TeacherRow]:
+        """The traces stage by the dtype of the teacher's weights; FP8 for the family whose checkpoints come in it."""
+        teacher, price = self.config.teacher, self.config.hardware.price_per_device_hour
+        if teacher.url:
+            return
+        g, load = self.teacher_geometry(), self.trace_load
+        dtypes = {"float32" if teacher.dtype == "float32" else "bfloat16": element_bytes(teacher.dtype)}
+        for name, element in (dtypes | ({"float8": 1} if is_mla(g) else {})).items():
+            placement = self.place(g, load, element, self.teacher_ways)
+            hours = self.sampling_seconds(g, placement, load, 0.0, element) / 3600 if placement.fits else None
+            gpu_hours = hours * self.gpus if placement.fits else None
+            cost = gpu_hours * price if placement.fits and price is not None else None
+            rate = placement.tokens_per_s if placement.fits else None
+            yield TeacherRow(name, placement.layout, placement.memory, placement.fits, rate, hours, gpu_hours, cost)
 
     def train_rows(self) -> Iterator[Row]:
         for i, student in enumerate(self.config.students):
@@ -192,17 +248,24 @@ class _Planner:
             yield self.sampling_row("eval", student.name, geometry, scored, load, config.train.dtype)
 
     def sampling_row(self, stage: str, model: str, g: Geometry, scored: float, load: Load, dtype: str) -> Row:
-        element = element_bytes(dtype)
-        placement = place(g, self.gpu, self.gpus, self.node, load, element)
-        new, prompt = load.samples * load.mean_new_tokens, load.samples * load.prompt_tokens
-        length = load.prompt_tokens + load.mean_new_tokens
-        seconds = new / placement.tokens_per_s
-        seconds += score_seconds(g, prompt + scored, length, self.gpus, self.gpu, element)
-        flops = (new + prompt + scored) * forward_flops(g, length / 2)
+        element, ways = element_bytes(dtype), self.teacher_ways if model == "teacher" else None
+        placement = self.place(g, load, element, ways)
+        tokens = load.samples * (load.mean_new_tokens + load.prompt_tokens) + scored
+        flops = tokens * forward_flops(g, (load.prompt_tokens + load.mean_new_tokens) / 2)
+        seconds = self.sampling_seconds(g, placement, load, scored, element)
         if not placement.fits and not any(p.startswith(f"{model}:") for p in self.problems):
-            self.problems.append(cannot_sample(self.machine, model, g, load, element, placement))
-        tokens = new + prompt + scored
+            self.problems.append(cannot_sample(self.machine, model, g, load, element, placement, ways is not None))
         return self.row(stage, model, g, tokens, flops, seconds, placement.memory, placement.fits, placement.layout)
+
+    def place(self, g: Geometry, load: Load, element: int, ways: tuple[int, int] | None) -> Placement:
+        return place(g, self.gpu, self.gpus, self.node, load, element, ways)
+
+    def sampling_seconds(self, g: Geometry, placement: Placement, load: Load, scored: float, element: int) -> float:
+        """Wall seconds of prefill and decoding of the load, and of `scored` tokens besides."""
+        read = load.samples * load.prompt_tokens + scored
+        length = load.prompt_tokens + load.mean_new_tokens
+        decoding = load.samples * load.mean_new_tokens / placement.tokens_per_s
+        return decoding + score_seconds(g, read, length, self.gpus, self.gpu, element)
 
     def train_row(self, student: Student, g: Geometry) -> Row:
         train, new = self.config.train, self.config.teacher.sampling.max_new_tokens
@@ -246,6 +309,17 @@ class _Planner:
         return disk
 
     # Models
+
+    @property
+    def trace_load(self) -> Load:
+        teacher = self.config.teacher
+        return self.load(teacher.sampling.max_new_tokens, teacher.batch_size, self.samples)
+
+    @property
+    def teacher_ways(self) -> tuple[int, int] | None:
+        """(tensor parallel, expert parallel) as the config has them; None where the plan chooses."""
+        teacher = self.config.teacher
+        return None if teacher.tensor_parallel == "auto" else (teacher.tensor_parallel, teacher.expert_parallel)
 
     def teacher_geometry(self) -> Geometry:
         return self.config.teacher.geometry or read_geometry(self.config.teacher.path, "teacher.path")

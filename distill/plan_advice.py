@@ -30,12 +30,18 @@ class Machine:
         return f"{need}, which has {self.gpu.memory_bytes / GB:.0f}"
 
 
-def cannot_sample(machine: Machine, model: str, g: Geometry, load: Load, element: int, best: Placement) -> str:
-    """The sentence for a model that cannot be sampled; `best` is the placement that needs least."""
+def cannot_sample(
+    machine: Machine, model: str, g: Geometry, load: Load, element: int, best: Placement, chosen: bool = False
+) -> str:
+    """The sentence for a model that cannot be sampled; `best` is the placement that needs least, or the one that the
+    config has `chosen`."""
 
     def fits(gpu: Gpu, gpus: int) -> bool:
         return place(g, gpu, gpus, machine.gpus_per_node, load, element).fits
 
+    if chosen and fits(machine.gpu, machine.gpus):
+        lack = machine.lacks(model, "sampling", best.memory_bytes, best.layout)
+        return f"{lack}. Set teacher.tensor_parallel and teacher.expert_parallel to auto."
     ways = [f"{n} x {machine.gpu.name}" for n in machine.larger_counts() if fits(machine.gpu, n)][:1]
     ways += [f"{machine.gpus} x {kind.name}" for kind in machine.larger_kinds() if fits(kind, machine.gpus)]
     both = [(kind, n) for n in machine.larger_counts() for kind in machine.larger_kinds() if fits(kind, n)][:1]

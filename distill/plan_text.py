@@ -24,6 +24,9 @@ def render(plan: Plan) -> str:
         "GB on disk, at most\n" + _table([list(plan.disk), [_number(b / GB) for b in plan.disk.values()]], left=()),
         _paragraphs("Assumed", list(plan.assumed)),
     ]
+    if plan.teacher:
+        title = "Traces by the dtype of the teacher's weights: GB per GPU, tokens/s over all GPUs"
+        parts.insert(3, title + "\n" + _table(_teacher_cells(plan), left=(0, 1)))
     if plan.notes:
         parts.append(_paragraphs("Notes", plan.notes))
     if plan.problems:
@@ -58,6 +61,19 @@ def _memory_cells(plan: Plan) -> list[list[str]]:
         cells = [_number(row.memory[name] / GB) if name in row.memory else "" for name in items]
         totals = [_number(row.memory_bytes / GB), _number(plan.gpu_memory_bytes / GB)]
         body.append([row.stage, row.model, *cells, *totals])
+    return [head, *body]
+
+
+def _teacher_cells(plan: Plan) -> list[list[str]]:
+    items = list(plan.teacher[0].memory)
+    head = ["weights", "layout", *items, "needs", "has", "fits", "tokens/s", "hours", "GPU-hours", "cost"]
+    body = []
+    for row in plan.teacher:
+        sizes = [*(row.memory[item] for item in items), row.memory_bytes, plan.gpu_memory_bytes]
+        times = [_number(value) for value in (row.tokens_per_s, row.hours, row.gpu_hours)]
+        cost = "-" if row.cost is None else f"{row.cost:,.0f}"
+        cells = [row.weights, row.layout, *(_number(size / GB) for size in sizes), "yes" if row.fits else "NO"]
+        body.append([*cells, *times, cost])
     return [head, *body]
 
 

@@ -16,6 +16,9 @@ from typing import Any
 
 from distill.config import Config
 from distill.errors import ConfigError, DataError, ModelError, ServiceError, StoreError
+from distill.gguf_check import check_gguf
+from distill.gguf_export import export_gguf, require_packages
+from distill.gguf_model import check_exportable
 from distill.model_card import License, Made, card, eval_result_files, hub_id, license_of, notice, published_name
 from distill.redact import redact_text
 from distill.tokens import load_tokenizer, render_prompt, stop_ids
@@ -33,8 +36,9 @@ _PROBE_TOLERANCE = 1e-3
 def check_publish(config: Config) -> None:
     """Returns if the publish section can be carried out, before any work.
 
-    Errors: ConfigError for an unknown student or a name that the base's licence forbids; ServiceError when an upload is
-    asked for without a token or with the Hub switched off. No network.
+    Errors: ConfigError for an unknown student, a name that the base's licence forbids, or GGUF without its extra;
+    ModelError for GGUF of a student that llama.cpp cannot hold; ServiceError when an upload is asked for without a
+    token or with the Hub switched off. No network.
     """
     wanted = config.publish.student
     if wanted not in (None, "best") and wanted not in (names := [each.name for each in config.students]):
@@ -47,6 +51,10 @@ def check_publish(config: Config) -> None:
         if wanted in ("best", student.name):
             license = license_of(student.path, config.publish.license, _read_json(Path(student.path) / "config.json"))
             published_name(config.publish.repo, student.name, license)
+            if config.publish.gguf and Path(student.path).is_dir():  # a base on the Hub is looked at when it is here
+                check_exportable(student.path)
+    if config.publish.gguf:
+        require_packages()
     if config.publish.repo:
         _token()
 
@@ -76,11 +84,12 @@ def publish_student(
 ) -> dict[str, Any]:
     """Write the folder `out` from the trained checkpoint `model`, load it back, upload it if publish.repo is set.
 
-    Returns {"folder", "bytes", "files", "loaded_back", "probe", "url" (None without upload)}. The folder appears under
-    its name only once it is complete and its logits equal expected_probe (what probe_logits gave when the student was
-    saved; by default that of `model` itself). loaded_back is False, and said so, where the weights exceed free memory.
-    Errors: ModelError for pickles, code, damaged weights or other logits; ConfigError for a forbidden name;
-    StoreError when the folder cannot be written; ServiceError when the Hub refuses.
+    Returns {"folder", "bytes", "files", "loaded_back", "probe", "gguf" (the check's figures), "url" (None without
+    upload)}. The folder appears under its name only once it is complete and its logits equal expected_probe (what
+    probe_logits gave when the student was saved; by default that of `model` itself). loaded_back is False, and said so,
+    where the weights exceed free memory.
+    Errors: ModelError for pickles, code, damaged weights, other logits, or a GGUF file that computes other ones;
+    ConfigError for a forbidden name; StoreError when the folder cannot be written; ServiceError when the Hub refuses.
     """
     model, out = Path(model), Path(out)
     _refuse_unsafe(model)
@@ -101,6 +110,7 @@ def publish_student(
         ) from error
     fits = _fits_in_memory(partial)
     probe = _check_loads(partial, expected_probe or probe_logits(model)) if fits else []
+    gguf = _add_gguf(partial, student) if config.publish.gguf else None
     shutil.rmtree(out, ignore_errors=True)
     partial.replace(out)
     files = sorted(path for path in out.rglob("*") if path.is_file())
@@ -110,6 +120,7 @@ def publish_student(
         "files": [str(path.relative_to(out)) for path in files],
         "loaded_back": fits,
         "probe": probe,
+        "gguf": gguf,
         "url": upload(out, config.publish.repo, private=config.publish.private) if config.publish.repo else None,
     }
 
@@ -284,11 +295,24 @@ def _copy_legal(base: str, folder: Path, must: bool) -> None:
         ) from error
 
 
-def _fits_in_memory(folder: Path) -> bool:
+def _add_gguf(folder: Path, student: str) -> dict[str, Any]:
+    """Writes STUDENT-TYPE.gguf into the folder, its matrices as the checkpoint has them, and runs it where it fits.
+
+    Returns what was written and checked; {"checked": False} where float32 weights and the file exceed free memory.
+    """
+    draft = folder / "student.gguf"
+    written = export_gguf(folder, draft, name=student)
+    fits = _fits_in_memory(folder, copies=4)  # float32 of 16-bit weights is two; the file one more; room
+    checked = check_gguf(draft, folder, weights=written["weights"]) if fits else {}
+    draft.replace(folder / f"{student}-{written['weights']}.gguf")
+    return written | {"checked": fits} | checked
+
+
+def _fits_in_memory(folder: Path, copies: float = 1.2) -> bool:
     weights_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     import psutil
 
-    return 1.2 * weights_bytes < psutil.virtual_memory().available
+    return copies * weights_bytes < psutil.virtual_memory().available
 
 
 def _check_loads(folder: Path, expected: list[float]) -> list[float]:

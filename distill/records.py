@@ -56,20 +56,34 @@ class Prompt:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How completions are drawn. temperature 0 is greedy; top_p 1 and top_k 0 switch the filters off."""
+    """How completions are drawn. temperature 0 is greedy; top_p 1, top_k 0 and min_p 0 switch the filters off.
+
+    `stop`: texts that end a completion besides the model's stop ids; the token that completes one belongs to it.
+    """
 
     temperature: float = 0.6
     top_p: float = 0.95
     top_k: int = 0
     max_new_tokens: int = 512
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class CaptureSpec:
-    """Which part of the teacher's temperature-1 distribution is stored per token."""
+    """Which part of the teacher's temperature-1 distribution is stored per token.
+
+    tail_draws: so many draws stand for what the bounds leave out (distill.sampling.draw_tail); 0: its mass alone does.
+    """
 
     k_max: int = 64
     tail_bound: float = 1e-3
+    tail_draws: int = 0
+
+    @property
+    def min_mass(self) -> float:
+        """What an entry must weigh to be worth its bytes in a cache; a lighter one counts into the tail there."""
+        return 0.0 if self.tail_draws else self.tail_bound / 8
 
 
 @dataclass(frozen=True)
@@ -104,7 +118,8 @@ class TokenDists:
 
 @dataclass
 class Sample:
-    """One drawn completion. completion_ids ends with a stop id when finish_reason is "stop"."""
+    """One drawn completion. completion_ids ends with a stop id, or with what completed a stop text, when finish_reason
+    is "stop"."""
 
     key: str
     sample_index: int

@@ -104,12 +104,13 @@ def draw(step: StepLogits, uniform_A: Tensor, params: SamplingParams) -> Tensor:
     """int64 [A]: the first token, in order of id, whose cumulative filtered probability exceeds uniform_A (float64).
 
     Filters in transformers' order: temperature, then top_k (ties with the k-th are kept), then top_p over what is
-    left: a token stays when the mass of the tokens strictly more likely than it is below top_p. Temperature 0: argmax.
+    left: a token stays when the mass of the tokens strictly more likely than it is below top_p; then min_p: it stays
+    when it is at least min_p times as likely as the most likely one. Temperature 0: argmax.
     """
     if params.temperature == 0:
         return step.logits_AV.argmax(-1)
     top_k = params.top_k if 0 < params.top_k < step.logits_AV.shape[1] else 0
-    if top_k == 0 and params.top_p >= 1:
+    if top_k == 0 and params.top_p >= 1 and params.min_p <= 0:
         return _draw_unfiltered(step.weights(params.temperature), uniform_A)
     total_A = step.total(params.temperature).squeeze(1)
     return _draw_filtered(step, uniform_A, total_A, params, top_k, CANDIDATES)
@@ -152,7 +153,7 @@ def _draw_filtered(
     vocab = step.logits_AV.shape[1]
     values_AK, ids_AK = step.top(min(vocab, max(candidates, top_k + 1)))
     weights_AK = ((values_AK.double() - step.max_A1) / params.temperature).exp_()
-    keep_AK, reached_A = _nucleus(values_AK, weights_AK, total_A, params.top_p, top_k)
+    keep_AK, reached_A = _nucleus(values_AK, weights_AK, total_A, params, top_k)
     ids_AK, order_AK = ids_AK.sort(-1)
     kept_AK = (weights_AK * keep_AK).gather(1, order_AK)
     chosen_A = _first_above(kept_AK, uniform_A * kept_AK.sum(-1))
@@ -165,30 +166,36 @@ def _draw_filtered(
     return token_A
 
 
-def _nucleus(values_AK: Tensor, weights_AK: Tensor, total_A: Tensor, top_p: float, top_k: int) -> tuple[Tensor, Tensor]:
+def _nucleus(
+    values_AK: Tensor, weights_AK: Tensor, total_A: Tensor, params: SamplingParams, top_k: int
+) -> tuple[Tensor, Tensor]:
     """Which candidates stay (bool [A, K]), and in which rows (bool [A]) no token beyond the candidates could stay.
 
-    A cut keeps every token tied with the least likely one it keeps, so the set does not depend on the order of ties.
+    weights_AK are relative to the most likely token's. A cut keeps every token tied with the least likely one it keeps,
+    so the set does not depend on the order of ties.
     """
     keep_AK = torch.ones_like(values_AK, dtype=torch.bool)
-    reached_A = torch.zeros_like(total_A, dtype=torch.bool)
+    all_A = torch.ones_like(total_A, dtype=torch.bool)
+    ties_A, past_A = all_A, ~all_A if params.top_p < 1 or params.min_p > 0 else all_A
     total_A1 = total_A.unsqueeze(1)
     last_A1 = values_AK[:, -1:]
     if top_k:
         threshold_A1 = values_AK[:, top_k - 1 : top_k]
         keep_AK = values_AK >= threshold_A1
         total_A1 = (weights_AK * keep_AK).sum(-1, keepdim=True)
-        reached_A = (last_A1 < threshold_A1).squeeze(1)
-    if top_p < 1:
+        ties_A = (last_A1 < threshold_A1).squeeze(1)
+    if params.top_p < 1:
         kept_AK = weights_AK * keep_AK
         above_AK = kept_AK.cumsum(-1) - kept_AK
-        inside_AK = keep_AK & (above_AK < top_p * total_A1)
+        inside_AK = keep_AK & (above_AK < params.top_p * total_A1)
         inside_AK[:, 0] = True  # top_p 0 still leaves the most likely token
         threshold_A1 = values_AK.gather(1, inside_AK.sum(-1, keepdim=True) - 1)
         keep_AK = keep_AK & (values_AK >= threshold_A1)
-        below_A = (last_A1 < threshold_A1).squeeze(1)
-        reached_A = reached_A & below_A if top_k else below_A
-    return keep_AK, reached_A
+        past_A = (last_A1 < threshold_A1).squeeze(1)
+    if params.min_p > 0:
+        keep_AK = keep_AK & (weights_AK >= params.min_p)
+        past_A = past_A | (weights_AK[:, -1] < params.min_p)
+    return keep_AK, ties_A & past_A
 
 
 @dataclass
@@ -205,11 +212,12 @@ class Support:
     logsumexp_A: Tensor
 
 
-def capture_support(step: StepLogits, sampled_A: Tensor, spec: CaptureSpec) -> Support:
+def capture_support(step: StepLogits, sampled_A: Tensor, spec: CaptureSpec, uniform_A: Tensor | None = None) -> Support:
     """The adaptive support of each row: most likely tokens until the mass left is <= tail_bound, at most k_max.
 
     The sampled token is always in; when k_max others are more likely it takes the place of the least likely of them.
     The tail is the sum over the tokens outside, not 1 - the stored mass: its relative error is 1e-7 at any size.
+    With spec.tail_draws the tail is drawn from (draw_tail), by uniform_A (float64 [A] in [0, 1)).
     """
     k_max = min(spec.k_max, step.logits_AV.shape[1])
     ids_AK, count_A = _most_likely(step, k_max, spec.tail_bound)
@@ -225,9 +233,41 @@ def capture_support(step: StepLogits, sampled_A: Tensor, spec: CaptureSpec) -> S
     logsumexp_A1 = step.max_A1.double() + total_A1.log()
     logprobs_AK = step.logits_AV.gather(1, ids_AK) - logsumexp_A1
     tail_A1 = outside_A1 / total_A1
-    return Support(
+    support = Support(
         ids_AK.int(), logprobs_AK.float(), count_A.int(), tail_A1.squeeze(1).float(), logsumexp_A1.squeeze(1).float()
     )
+    return draw_tail(step, support, spec.tail_draws, uniform_A) if spec.tail_draws else support
+
+
+def draw_tail(step: StepLogits, support: Support, draws: int, uniform_A: Tensor | None = None) -> Support:
+    """The support with `draws` tokens drawn from its tail, which then holds no mass: an unbiased estimate.
+
+    A token of probability p outside the support is drawn c times at the points (u + i) / draws of the tail's cumulative
+    distribution in order of id, and stored with mass c * tail / draws: its expected value over u is p. So is then the
+    expected gradient of the forward KL to the student's logits, p_student - t, that of the dense loss. Systematic
+    sampling (Madow 1949) in the place of the independent draws of Sparse Logit Sampling (Anshumann et al. 2025): no
+    more variance, and the likely tokens stay exact. Without uniform_A, u is a hash of the row's logsumexp and support.
+    """
+    width = support.ids_AK.shape[1]
+    stored_AK = torch.arange(width, device=support.ids_AK.device) < support.count_A.unsqueeze(1)
+    ids_AK = torch.where(stored_AK, support.ids_AK, support.ids_AK[:, :1]).long()
+    if uniform_A is None:
+        bits_A = support.logsumexp_A.double().cpu().numpy().view(np.uint64)
+        uniform_A = torch.from_numpy(uniform(bits_A, (ids_AK * stored_AK).sum(1).cpu().numpy())).to(ids_AK.device)
+    ends_AV = step.weights(1.0).scatter(1, ids_AK, 0.0).double().cumsum(-1)
+    points_AN = (uniform_A.unsqueeze(1) + torch.arange(draws, device=ids_AK.device)) / draws * ends_AV[:, -1:]
+    drawn_AN = torch.searchsorted(ends_AV, points_AN, right=True).clamp_(max=ends_AV.shape[1] - 1)
+    first_AN = F.pad(drawn_AN[:, 1:] != drawn_AN[:, :-1], (1, 0), value=True)
+    group_AN = first_AN.cumsum(1) - 1
+    times_AN = torch.zeros_like(points_AN).scatter_add_(1, group_AN, torch.ones_like(points_AN)).gather(1, group_AN)
+    masses_AN = times_AN * (support.tail_A.double() / draws).unsqueeze(1)
+    new_AN = torch.where(first_AN & (ends_AV[:, -1:] > 0), masses_AN.log(), -math.inf).float()
+    logprobs_AK = torch.where(stored_AK, support.logprobs_AK, -math.inf)
+    logprobs_AK, order_AK = torch.cat([logprobs_AK, new_AN], 1).sort(dim=1, descending=True, stable=True)
+    ids_AK = torch.cat([support.ids_AK, drawn_AN.int()], 1).gather(1, order_AK)
+    count_A = (logprobs_AK > -math.inf).sum(1).int()
+    tail_A = torch.where(ends_AV[:, -1] > 0, 0.0, support.tail_A)
+    return Support(ids_AK, logprobs_AK, count_A, tail_A, support.logsumexp_A)
 
 
 def _most_likely(step: StepLogits, k_max: int, tail_bound: float) -> tuple[Tensor, Tensor]:

@@ -102,7 +102,7 @@ def slot_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
 ) -> tuple[Tensor, None]:
     """transformers' sdpa, but single-token steps on CPU run as two batched GEMMs: 2-3 times faster there than sdpa."""
-    if query.shape[2] != 1 or query.device.type != "cpu":
+    if query.shape[2] != 1 or attention_mask is None or query.device.type != "cpu":
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     rows, heads, length, size = key.shape
     query_XGD = query.reshape(rows * heads, -1, size) * kwargs["scaling"]

@@ -1,4 +1,4 @@
-"""What a generate loop draws, kept step by step and handed back sample by sample.
+"""What a generate loop draws, kept step by step and handed back row by row.
 
 A step is a column over the active rows, a sample is a row over its steps. Steps are appended as they are, with no work
 per token; every few steps `flush` sorts them by owner in one vectorised pass.
@@ -87,47 +87,108 @@ class Tokens:
         )
 
 
+@dataclass
+class Drawn:
+    """What became of one row since it was last told of: the tokens drawn, and, if it ended, why.
+
+    finish_reason: "stop", "length" or None while it goes on; stop: the stop text that ended it, if one did.
+    """
+
+    owner: int
+    request: SampleRequest
+    token_ids: list[int]
+    dists: TokenDists | None = None
+    finish_reason: str | None = None
+    stop: str | None = None
+
+
 class StepLog:
-    """Open samples of a generate loop. Owners are small integers given out by `open`."""
+    """Open rows of a generate loop. Owners are small integers given out by `open`.
+
+    A row is told of once, when it ends; a live one every time. Rows with and without distributions are kept apart, so
+    that those without cost nothing more.
+    """
 
     def __init__(self):
         self._requests: dict[int, SampleRequest] = {}
         self._stretches: dict[int, list[Tokens]] = {}
-        self._finished: list[tuple[int, str]] = []
-        self._steps: list[tuple[np.ndarray, np.ndarray, Support | None]] = []
+        self._live: set[int] = set()
+        self._finished: dict[int, tuple[str, str | None]] = {}
+        self._steps: dict[bool, list[tuple[np.ndarray, np.ndarray, Support | None]]] = {False: [], True: []}
         self._next_owner = 0
+        self.pending_steps = 0
 
-    def open(self, request: SampleRequest) -> int:
+    def open(self, request: SampleRequest, live: bool = False) -> int:
         owner, self._next_owner = self._next_owner, self._next_owner + 1
         self._requests[owner], self._stretches[owner] = request, []
+        if live:
+            self._live.add(owner)
         return owner
 
     def add(self, owners_A: np.ndarray, sampled_A: np.ndarray, support: Support | None) -> None:
-        self._steps.append((owners_A, sampled_A, support))
+        """One token of each of these rows; a row always comes with a support, or never."""
+        self._steps[support is not None].append((owners_A, sampled_A, support))
+        self.pending_steps += 1
 
-    def finish(self, owner: int, reason: str) -> None:
-        self._finished.append((owner, reason))
+    def finish(self, owner: int, reason: str, stop: str | None = None) -> None:
+        self._finished[owner] = (reason, stop)
+
+    def drop(self, owner: int) -> None:
+        """Forgets a row that nobody waits for."""
+        for kept in (self._requests, self._stretches, self._finished):
+            kept.pop(owner, None)
+        self._live.discard(owner)
 
     @property
-    def pending_steps(self) -> int:
-        return len(self._steps)
+    def has_news(self) -> bool:
+        """Whether there is a row to tell of now."""
+        return bool(self._finished or self._live)
 
     def flush(self) -> list[Sample]:
-        """The samples finished since the last flush, in the order they finished."""
-        if self._steps:
-            owners_N = np.concatenate([owners_A for owners_A, _, _ in self._steps])
-            order_N = np.argsort(owners_N, kind="stable")
-            tokens = Tokens.concatenate([Tokens.of(sampled_A, support) for _, sampled_A, support in self._steps])
-            owners_N = owners_N[order_N]
-            starts = np.flatnonzero(np.diff(owners_N, prepend=-1))
-            stretches = tokens.permuted(order_N).split(np.append(starts, len(owners_N)))
-            for owner, stretch in zip(owners_N[starts].tolist(), stretches):
-                self._stretches[owner].append(stretch)
-            self._steps = []
-        finished, self._finished = self._finished, []
-        return [self._close(owner, reason) for owner, reason in finished]
+        """The samples finished since the last flush, in the order they finished; for a log without live rows."""
+        return [
+            Sample(
+                drawn.request.key,
+                drawn.request.sample_index,
+                drawn.request.seed,
+                drawn.token_ids,
+                drawn.finish_reason,
+                drawn.dists,
+            )
+            for drawn in self.told()
+        ]
 
-    def _close(self, owner: int, reason: str) -> Sample:
-        request, tokens = self._requests.pop(owner), Tokens.concatenate(self._stretches.pop(owner))
+    def told(self) -> list[Drawn]:
+        """The live rows that go on, then those that ended since the last time, in the order they ended."""
+        self.pending_steps = 0
+        for steps in self._steps.values():
+            self._sort(steps)
+            steps.clear()
+        going = [owner for owner in self._live if owner not in self._finished and self._stretches[owner]]
+        told = [self._told(owner) for owner in going]
+        for owner in going:
+            self._stretches[owner] = []
+        finished, self._finished = self._finished, {}
+        for owner, (reason, stop) in finished.items():
+            told.append(self._told(owner, reason, stop))
+            del self._requests[owner], self._stretches[owner]
+            self._live.discard(owner)
+        return told
+
+    def _sort(self, steps: list[tuple[np.ndarray, np.ndarray, Support | None]]) -> None:
+        if not steps:
+            return
+        owners_N = np.concatenate([owners_A for owners_A, _, _ in steps])
+        order_N = np.argsort(owners_N, kind="stable")
+        tokens = Tokens.concatenate([Tokens.of(sampled_A, support) for _, sampled_A, support in steps])
+        owners_N = owners_N[order_N]
+        starts = np.flatnonzero(np.diff(owners_N, prepend=-1))
+        stretches = tokens.permuted(order_N).split(np.append(starts, len(owners_N)))
+        for owner, stretch in zip(owners_N[starts].tolist(), stretches):
+            if owner in self._stretches:
+                self._stretches[owner].append(stretch)
+
+    def _told(self, owner: int, reason: str | None = None, stop: str | None = None) -> Drawn:
+        tokens = Tokens.concatenate(self._stretches[owner])
         dists = None if tokens.support_N is None else tokens.dists()
-        return Sample(request.key, request.sample_index, request.seed, tokens.sampled_N.tolist(), reason, dists)
+        return Drawn(owner, self._requests[owner], tokens.sampled_N.tolist(), dists, reason, stop)

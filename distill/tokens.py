@@ -96,10 +96,14 @@ def render_prompt(tok: PreTrainedTokenizerFast, prompt_text: str) -> list[int]:
 
     Errors: DataError when the prompt holds one of the tokenizer's special tokens, which would end or forge a turn.
     """
-    _refuse_special(tok, prompt_text)
-    text = tok.apply_chat_template(
-        [{"role": "user", "content": prompt_text}], add_generation_prompt=True, tokenize=False
-    )
+    return render_chat(tok, [{"role": "user", "content": prompt_text}])
+
+
+def render_chat(tok: PreTrainedTokenizerFast, messages: list[dict[str, str]]) -> list[int]:
+    """`render_prompt` of a conversation of several messages, each with its role and content."""
+    for message in messages:
+        _refuse_special(tok, message["content"])
+    text = tok.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     if text.endswith(THINK_OPEN):
         text += "\n"
     elif not text.endswith(PREFILL):
@@ -185,12 +189,13 @@ def token_bytes(tok: PreTrainedTokenizerFast) -> list[bytes]:
     """The exact bytes of each id, indexed by id; b"" for ids that nothing owns.
 
     Read from the vocabulary, not by decoding: a token may be part of a UTF-8 character. An added token's bytes are
-    its written form. Byte-level vocabularies (GPT-2 alphabet) and byte-fallback ones ("\\u2581", "<0x0A>") are known;
-    another kind raises ModelError.
+    its written form (of a run of "\\u2581": as many spaces). Byte-level vocabularies (GPT-2 alphabet) and
+    byte-fallback ones ("\\u2581", "<0x0A>") are known; another kind raises ModelError.
     """
     state = json.loads(tok.backend_tokenizer.to_str())
     to_bytes = _piece_decoder(state, str(tok.name_or_path))
-    vocab, added = tok.get_vocab(), tok.get_added_vocab()
+    added = {each.content for each in tok.added_tokens_decoder.values() if each.special or each.content.strip("\u2581")}
+    vocab = tok.get_vocab()
     table = [b""] * (max(vocab.values()) + 1)
     for piece, index in vocab.items():
         table[index] = piece.encode() if piece in added else to_bytes(piece)

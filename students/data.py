@@ -18,22 +18,26 @@ from transformers import PreTrainedTokenizerFast
 
 from distill.errors import DataError
 from distill.logit_cache import CacheReader, to_sparse_targets
+from distill.losses.buckets import BucketedTargets
 from distill.losses.reduce import IGNORE_INDEX
 from distill.losses.sparse import SparseTargets
-from distill.records import TokenDists, Trace
+from distill.records import CaptureSpec, TokenDists, Trace
 from distill.store import StageFolder
 from distill.tokens import PREFILL, encode_completion, end_id, fingerprint, render_prompt
 from distill.traceset import read_traces
+from students.aligned import AlignedSignal
 
 
 @dataclass(frozen=True)
 class Example:
-    """One trace in the student's tokens. `shard` is the name of the shard that it came from, without suffix."""
+    """One trace in the student's tokens. `shard` is the name of the shard that it came from, without suffix;
+    sampled_ids: the completion in the teacher's tokens, the same ones where the tokenizer is the same."""
 
     key: str
     prompt_ids: list[int]
     completion_ids: list[int]
     shard: str
+    sampled_ids: list[int]
 
     @property
     def input_tokens(self) -> int:
@@ -54,7 +58,7 @@ class Batch:
     seq_lens: list[int]
     trained_M: torch.Tensor
     labels_M: torch.Tensor
-    targets: SparseTargets | None
+    targets: SparseTargets | BucketedTargets | None
     keys: list[str]
 
     def to(self, device: torch.device) -> "Batch":
@@ -64,10 +68,19 @@ class Batch:
 
 
 class TraceData:
-    """The examples of one student, in the order of the trace set; `counts` says what was read, dropped, retokenised."""
+    """The examples of one student, in the order of the trace set; `counts` says what was read, dropped, retokenised.
 
-    def __init__(self, examples: list[Example], caches: dict[str, CacheReader] | None, counts: Counter):
-        self.examples, self.caches, self.counts = examples, caches, counts
+    aligned: how the cached distributions reach a student with another tokenizer, None for one with the teacher's.
+    """
+
+    def __init__(
+        self,
+        examples: list[Example],
+        caches: dict[str, CacheReader] | None,
+        counts: Counter,
+        aligned: AlignedSignal | None = None,
+    ):
+        self.examples, self.caches, self.counts, self.aligned = examples, caches, counts, aligned
 
     @property
     def keys(self) -> list[str]:
@@ -110,15 +123,23 @@ class TraceData:
 
     def _empty(self) -> Batch:
         zero = torch.zeros(1, dtype=torch.int64)
-        targets = None
+        targets, certain = None, torch.zeros(1, 1)
         if self.caches is not None:
-            targets = SparseTargets(zero[None], torch.zeros(1, 1), torch.zeros(1))
+            targets = SparseTargets(zero[None], certain, certain[0])
+        if self.aligned is not None:
+            targets = BucketedTargets(zero[None], zero[None], certain, certain[0])
         first = torch.tensor(self.examples[0].prompt_ids[:1])
         return Batch(first, zero, [1], zero, torch.full((1,), IGNORE_INDEX), targets, [])
 
-    def _targets(self, members: list[Example], vocab_rows: int) -> SparseTargets:
-        arrays = to_sparse_targets([self._dists(example) for example in members])
-        targets = SparseTargets(*map(torch.from_numpy, arrays))
+    def _targets(self, members: list[Example], vocab_rows: int) -> SparseTargets | BucketedTargets:
+        dists = [self._dists(example) for example in members]
+        if self.aligned is None:
+            targets = SparseTargets(*map(torch.from_numpy, to_sparse_targets(dists)))
+        else:
+            header = self.caches[members[0].shard].header
+            capture = CaptureSpec(header.k_max, header.tail_bound, header.tail_draws)
+            completions, sampled = [e.completion_ids for e in members], [e.sampled_ids for e in members]
+            targets = self.aligned.targets(completions, sampled, dists, capture)
         try:
             targets.check(vocab_rows, distinct=False)
         except DataError as error:
@@ -133,11 +154,11 @@ class TraceData:
     def _dists(self, example: Example) -> TokenDists:
         reader = self.caches[example.shard]
         dists = reader[example.key]
-        if len(dists) != len(example.completion_ids) or not np.array_equal(dists.sampled_T, example.completion_ids):
+        if len(dists) != len(example.sampled_ids) or not np.array_equal(dists.sampled_T, example.sampled_ids):
             raise DataError(
                 f"the teacher's distributions of trace {example.key} are of another text than the trace",
                 where=f"3-logits/{example.shard}.cache",
-                value=f"{len(dists)} positions for {len(example.completion_ids)} tokens",
+                value=f"{len(dists)} positions for {len(example.sampled_ids)} tokens",
                 remedy=f"Delete {example.shard} from 2-traces and 3-logits and run again: it is sampled again.",
             )
         return dists
@@ -148,29 +169,30 @@ def load_traces(
     logits: StageFolder | None,
     tokenizer: PreTrainedTokenizerFast,
     max_seq_tokens: int,
+    teacher_path: str | None = None,
 ) -> TraceData:
     """The kept traces of a stage in the student's tokens; with `logits`, each with its teacher distributions.
 
     Traces longer than max_seq_tokens are dropped and counted (too_long), never cut. Traces in another tokenizer's ids
-    are tokenised again from their text and counted (retokenised); with `logits` that is an error, since the cached
-    distributions are over the teacher's tokens.
+    are tokenised again and counted (retokenised): from their text, or, with `logits` and teacher_path, from the bytes
+    of the teacher's ids, so that what is known of every position can be told (counts positions_KIND).
     Errors: DataError when nothing is left, a trace has no distributions, or a tokenizer does not fit.
     """
     own, theirs = fingerprint(tokenizer), _fingerprint_of(traces)
+    aligned = None
     if logits is not None and own != theirs:
-        raise _other_tokenizer(traces.path, theirs, own)
+        if teacher_path is None:
+            raise _other_tokenizer(traces.path, theirs, own)
+        aligned = AlignedSignal(teacher_path, tokenizer, theirs)
     examples, counts = [], Counter(traces=0, kept=0, retokenised=0, too_long=0)
-    for shard, trace in _iter_shards(traces):
-        counts["traces"] += 1
-        if not trace.keep:
-            continue
-        counts["kept"] += 1
-        counts["retokenised"] += own != theirs
-        example = _example(trace, shard, tokenizer if own != theirs else None)
-        if example.input_tokens > max_seq_tokens:
-            counts["too_long"] += 1
-        else:
-            examples.append(example)
+    for shard, part in _iter_shards(traces):
+        kept = [trace for trace in part if trace.keep]
+        counts.update(traces=len(part), kept=len(kept), retokenised=len(kept) * (own != theirs))
+        for example in _examples(kept, shard, tokenizer if own != theirs else None, aligned):
+            if example.input_tokens > max_seq_tokens:
+                counts["too_long"] += 1
+            else:
+                examples.append(example)
     if not examples:
         raise DataError(
             f"no trace is left to train on: {counts['kept']} of {counts['traces']} were kept, "
@@ -178,33 +200,48 @@ def load_traces(
             where=str(traces.path),
             remedy="Raise train.max_seq_tokens, or sample more traces.",
         )
-    caches = None if logits is None else _open_caches(logits, examples, own)
-    data = TraceData(examples, caches, counts)
+    caches = None if logits is None else _open_caches(logits, examples, theirs)
+    data = TraceData(examples, caches, counts, aligned)
     counts.update(trained_tokens=sum(data.trained), input_tokens=sum(data.lengths))
+    if aligned is not None:
+        counts.update(aligned.finish())
     return data
 
 
-def _iter_shards(traces: StageFolder) -> Iterator[tuple[str, Trace]]:
+def _iter_shards(traces: StageFolder) -> Iterator[tuple[str, list[Trace]]]:
     for shard in traces.shards():
         if shard.name.endswith(".parquet"):
-            name = shard.name.removesuffix(".parquet")
-            yield from ((name, trace) for trace in read_traces(traces.check_shard(shard.name).path))
+            yield shard.name.removesuffix(".parquet"), read_traces(traces.check_shard(shard.name).path)
 
 
-def _example(trace: Trace, shard: str, tokenizer: PreTrainedTokenizerFast | None) -> Example:
-    """With a tokenizer, the trace's text in that tokenizer's ids; a completion that stopped gets its stop token."""
-    prompt_ids, completion_ids = trace.prompt_ids, trace.completion_ids
-    if tokenizer is not None:
-        prompt_ids = render_prompt(tokenizer, trace.prompt.text)
-        completion_ids = encode_completion(tokenizer, trace.text.removeprefix(PREFILL))
-        completion_ids += [end_id(tokenizer)] if trace.finish_reason == "stop" else []
-    if not prompt_ids or not completion_ids:
-        raise DataError(
-            "the prompt or the completion is empty",
-            where=f"2-traces/{shard}.parquet trace {trace.sample_key}",
-            remedy="Delete the shard and run again: it is sampled again.",
-        )
-    return Example(trace.sample_key, prompt_ids, completion_ids, shard)
+def _examples(
+    kept: list[Trace], shard: str, tokenizer: PreTrainedTokenizerFast | None, aligned: AlignedSignal | None
+) -> list[Example]:
+    """With a tokenizer, in that tokenizer's ids."""
+    sampled = [list(trace.completion_ids) for trace in kept]
+    if aligned is not None:
+        completions = aligned.completions(sampled)
+    elif tokenizer is not None:
+        completions = [_encode(trace, tokenizer) for trace in kept]
+    else:
+        completions = sampled
+    examples = []
+    for trace, completion_ids, sampled_ids in zip(kept, completions, sampled):
+        prompt_ids = trace.prompt_ids if tokenizer is None else render_prompt(tokenizer, trace.prompt.text)
+        if not prompt_ids or not completion_ids:
+            raise DataError(
+                "the prompt or the completion is empty",
+                where=f"2-traces/{shard}.parquet trace {trace.sample_key}",
+                remedy="Delete the shard and run again: it is sampled again.",
+            )
+        examples.append(Example(trace.sample_key, prompt_ids, completion_ids, shard, sampled_ids))
+    return examples
+
+
+def _encode(trace: Trace, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The trace's text in that tokenizer's ids; a completion that stopped gets its stop token."""
+    ids = encode_completion(tokenizer, trace.text.removeprefix(PREFILL))
+    return ids + ([end_id(tokenizer)] if trace.finish_reason == "stop" else [])
 
 
 def _fingerprint_of(traces: StageFolder) -> str:
@@ -218,15 +255,15 @@ def _fingerprint_of(traces: StageFolder) -> str:
         ) from None
 
 
-def _open_caches(logits: StageFolder, examples: list[Example], own: str) -> dict[str, CacheReader]:
+def _open_caches(logits: StageFolder, examples: list[Example], theirs: str) -> dict[str, CacheReader]:
     caches = {}
     for shard in sorted({example.shard for example in examples}):
         path = logits.path / f"{shard}.cache"
         if not logits.has_shard(path.name):
             raise _no_distributions(path, f"the shard {path.name}")
         caches[shard] = reader = CacheReader(path)
-        if reader.header.tokenizer_fingerprint != own:
-            raise _other_tokenizer(path, reader.header.tokenizer_fingerprint, own)
+        if reader.header.tokenizer_fingerprint != theirs:
+            raise _other_tokenizer(path, reader.header.tokenizer_fingerprint, theirs)
     for example in examples:
         if example.key not in caches[example.shard]:
             raise _no_distributions(logits.path / f"{example.shard}.cache", f"trace {example.key}")

@@ -1,8 +1,9 @@
-"""The teacher: a checkpoint loaded for sampling and scoring, on one device."""
+"""The teacher: a checkpoint loaded for sampling and scoring, on one device or split over ranks."""
 
 import gc
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
@@ -11,11 +12,15 @@ from transformers import AutoModelForCausalLM
 from distill import tokens
 from distill.checkpoints import check_checkpoint, fingerprint_checkpoint, resolve_checkpoint
 from distill.errors import ModelError
-from distill.generate import Generator
+from distill.generate import Generator, Row, RowLoop
 from distill.records import CaptureSpec, Sample, SampleRequest, SamplingParams, TokenDists
-from distill.slots import SlotCache, SlotModel
+from distill.slots import SlotCache
+from distill.split import Split
 from distill.tokens import load_tokenizer
-from teachers import attention
+from teachers import attention, shard
+from teachers.runner import Runner, unsupported
+from teachers.sampler import PagedGenerator
+from teachers.slices import block_of
 
 MLA_FAMILIES = ("deepseek_v3",)
 
@@ -26,6 +31,10 @@ class TeacherEngine:
     DeepSeek-V3 models decode over the latent cache (teachers.attention); any other model of transformers with full
     attention (Llama, Qwen2, Qwen3) over keys and values. ModelError before any weight is read when the folder, its
     config, its tokenizer or a weight file is missing, damaged or not safetensors.
+
+    With a `split`, ranks hold the model together. All of them make the engine, call `sample` and `score` equally often
+    (with no requests where a rank has none: it returns when all have finished) and close it at the same time; ranks of
+    one tensor-parallel group give the same requests and get the same answers.
     """
 
     def __init__(
@@ -36,9 +45,10 @@ class TeacherEngine:
         device: str | torch.device = "cpu",
         batch_size: int = 64,
         stop_ids: Iterable[int] | None = None,
+        split: Split | None = None,
     ):
         """dtype "auto": float32 on a CPU, bfloat16 on a GPU. batch_size: rows sampled at once. stop_ids: else the
-        tokenizer's."""
+        tokenizer's. split: this rank's place among those that hold the model; None for a whole model."""
         config = check_checkpoint(path)
         folder = resolve_checkpoint(path)
         self.tokenizer = load_tokenizer(folder)
@@ -46,14 +56,27 @@ class TeacherEngine:
         device = torch.device(device)
         ids = max(self.tokenizer.get_vocab().values()) + 1
         _check_config(config, ids, folder)
-        self.model = load_model(folder, _dtype(dtype, device), device)
-        is_mla = config["model_type"] in MLA_FAMILIES
+        self.split = split or Split()
+        if self.split.size > 1 or "quantization_config" in config:
+            self.loaded = shard.load(config, folder, _dtype(dtype, device), device, self.split)
+        else:
+            self.loaded = shard.Loaded(load_model(folder, _dtype(dtype, device), device))
+        self.model = self.loaded.model
+        self.dtype, self.batch_size = self.model.dtype, batch_size
+        self.stop_ids = tokens.stop_ids(self.tokenizer, stop_ids)
+        self._generator: Generator | None = self._loop(config["model_type"] in MLA_FAMILIES, ids)
+        self.vocab_size, self.max_positions = self._generator.model.vocab_size, self._generator.model.max_positions
+
+    def _loop(self, is_mla: bool, ids: int) -> Generator:
+        """Over pages, with our own kernels, where a GPU holds a whole DeepSeek-V3 model; over slots everywhere else."""
+        token_bytes = lambda: tokens.token_bytes(self.tokenizer)  # noqa: E731
+        whole = self.split.size == 1 and self.model.device.type == "cuda"
+        if whole and is_mla and unsupported(self.model.config) is None:
+            return PagedGenerator(Runner(self.model, ids), self.batch_size, self.stop_ids, token_bytes)
         if is_mla:
             attention.install(self.model)
-        slots = SlotModel(self.model, ids, attention.LatentCache if is_mla else SlotCache)
-        self.vocab_size = slots.vocab_size
-        self.stop_ids = tokens.stop_ids(self.tokenizer, stop_ids)
-        self._generator: Generator | None = Generator(slots, batch_size, self.stop_ids)
+        slots = self.loaded.slots(ids, attention.LatentCache if is_mla else SlotCache)
+        return Generator(slots, self.batch_size, self.stop_ids, token_bytes)
 
     def sample(
         self, requests: Iterable[SampleRequest], params: SamplingParams, capture: CaptureSpec | None = None
@@ -65,6 +88,14 @@ class TeacherEngine:
         """The distributions of each completion's tokens, for (prompt_ids, completion_ids) pairs in the order given."""
         return self._open().score(sequences, capture)
 
+    def rows(self) -> AbstractContextManager[RowLoop]:
+        """The token loop itself, for a service that feeds it between steps (distill.generate)."""
+        return self._open().rows()
+
+    def check(self, row: Row, where: str) -> None:
+        """Raises DataError, naming `where`, if the row cannot be drawn."""
+        self._open().check(row, where)
+
     def decode(self, completion_ids: Sequence[int]) -> str:
         """The completion's text, `</think>` and the like kept, without the stop token at its end."""
         ids = list(completion_ids)
@@ -75,6 +106,7 @@ class TeacherEngine:
     def close(self) -> None:
         """Frees the weights. The tokenizer and the fingerprint stay."""
         self._generator, self.model = None, None
+        self.loaded.close()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -121,13 +153,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _check_config(config: dict, ids: int, folder: os.PathLike) -> None:
-    if "quantization_config" in config:
-        raise ModelError(
-            "quantised weights are not loaded",
-            where=f"{folder}/config.json quantization_config",
-            value=config["quantization_config"].get("quant_method"),
-            remedy="Convert the checkpoint to bfloat16.",
-        )
+    block_of(config, folder)  # raises for quantised weights that are not read
     if config.get("vocab_size", ids) < ids:
         raise ModelError(
             f"the tokenizer has ids up to {ids - 1}, the model {config['vocab_size']} rows",

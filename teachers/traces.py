@@ -19,6 +19,7 @@ from distill.errors import DataError
 from distill.grade import Grader
 from distill.logit_cache import CacheWriter, cache_header
 from distill.records import CaptureSpec, Prompt, Sample, SamplingParams, Trace
+from distill.split import Split
 from distill.store import StageFolder
 from distill.tokens import render_prompt, sample_requests
 from teachers.engine import TeacherEngine
@@ -33,34 +34,38 @@ class TracesStage:
     logits: StageFolder
     ranks: Ranks
     load_teacher: Callable[[], TeacherEngine]  # called only when something is missing
+    split: Split  # who holds the teacher, and who works on which share
 
     def run(self, prompts: list[Prompt]) -> None:
-        """Sample every missing shard of this rank; returns when its share is complete."""
+        """Sample every missing shard of this rank's share; returns when it is complete."""
         size = self.config.traces.shard_prompts
         shards = {f"traces-{i // size:05d}": prompts[i : i + size] for i in range(0, len(prompts), size)}
-        mine = [name for i, name in enumerate(shards) if i % self.ranks.world == self.ranks.rank]
-        missing = [name for name in mine if not self._complete(name)]
-        if not missing:
+        missing = self.ranks.on_main(lambda: [name for name in shards if not self._complete(name)])
+        mine = missing[self.split.share :: self.split.shares]
+        # Ranks that hold one copy sample together: those without a shard in the last round still take part in it.
+        rounds = -(-len(missing) // self.split.shares) if self.split.size > 1 else len(mine)
+        if not rounds:
             return
         engine = self.load_teacher()
-        samples, todo = (
-            sum(len(shards[name]) for name in names) * self.config.teacher.sampling.n for names in (mine, missing)
+        total, todo = (
+            sum(len(shards[name]) for name in names) * self.config.teacher.sampling.n // self.split.shares
+            for names in (shards, missing)
         )
         with (
             Grader() as grader,
-            tqdm(
-                total=samples, initial=samples - todo, desc="traces", unit="trace", disable=not self.ranks.is_main
-            ) as bar,
+            tqdm(total=total, initial=total - todo, desc="traces", unit="trace", disable=not self.ranks.is_main) as bar,
         ):
-            for name in missing:
-                self._make_shard(name, shards[name], engine, grader, bar)
+            for name in [*mine, None][:rounds]:
+                self._make_shard(name, shards.get(name, []), engine, grader, bar)
 
     def _complete(self, name: str) -> bool:
         return self.traces.has_shard(f"{name}.parquet") and (
             self.config.teacher.capture is None or self.logits.has_shard(f"{name}.cache")
         )
 
-    def _make_shard(self, name: str, prompts: list[Prompt], engine: TeacherEngine, grader: Grader, bar: tqdm) -> None:
+    def _make_shard(
+        self, name: str | None, prompts: list[Prompt], engine: TeacherEngine, grader: Grader, bar: tqdm
+    ) -> None:
         started_s, sampling = time.monotonic(), self.config.teacher.sampling
         params = SamplingParams(sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_new_tokens)
         capture = self.config.teacher.capture and CaptureSpec(
@@ -71,6 +76,8 @@ class TracesStage:
         for sample in engine.sample(wanted, params, capture):
             samples[sample.key, sample.sample_index] = sample
             bar.update()
+        if name is None or self.split.tensor_rank > 0:
+            return  # the first of a tensor-parallel group has the same samples, and writes them
         if capture:
             write = lambda path: write_logits(path, samples, engine, capture)  # noqa: E731
             self.logits.write_shard(f"{name}.cache", write, {"samples": len(samples)}, wall_s=0.0)  # the traces' pass
@@ -82,7 +89,7 @@ class TracesStage:
             lambda path: traceset.write_traces(path, traces),
             {"prompts": len(prompts), "samples": len(samples), "tokens": tokens},
             wall_s=wall_s,
-            device_s=wall_s,
+            device_s=wall_s * self.split.tensor_parallel,
         )
 
     def _graded(

@@ -64,6 +64,7 @@ def evaluate(
     rank: int = 0,
     world: int = 1,
     devices: int = 1,
+    writes: bool = True,
     barrier: Callable[[], None] = lambda: None,
     progress: bool = True,
 ) -> EvalResult:
@@ -73,7 +74,8 @@ def evaluate(
     ranks in turn; `barrier` is called before the first and after the last sample, so all ranks see the same shards
     missing and get the whole result. If any shard is missing EVERY rank calls the sampler, perhaps with no request:
     ranks that share a sharded model need that. All requests go out as one stream, so the batch stays full across
-    shards; a kill costs what was in flight. `devices`: how many this rank's sampler runs on, for the ledger.
+    shards; a kill costs what was in flight. `devices`: how many this rank's sampler runs on, for the ledger. Several
+    ranks of one number (a tensor-parallel group) draw the same samples, and only one of them `writes`.
 
     Errors: DataError for no or duplicate prompts, or a sampler that returns other samples than asked for; StoreError
     when a finished shard was made by other prompts, sampling settings, seed or weights.
@@ -89,8 +91,8 @@ def evaluate(
         maker = _ShardMaker(tokenizer, grader, folder, run_seed, k, capture, info, devices)
         title = f"eval {candidate.name}" if set_name == "eval" else f"{set_name} {candidate.name}"
         done = len(prompts) * k - total
-        with _bar(title, done // world, len(prompts) * k // world, progress and rank == 0) as bar:
-            maker.run(mine, sampler, params, bar)
+        with _bar(title, done // world, len(prompts) * k // world, progress and writes and rank == 0) as bar:
+            maker.run(mine, sampler, params, bar, writes)
     barrier()
     return load_result(folder, candidate.name, set_name)
 
@@ -143,7 +145,7 @@ class _ShardMaker:
         self.stops = stop_ids(tokenizer)
         self.since_s = time.monotonic()
 
-    def run(self, shards: list[_Shard], sampler: Sampler, params: SamplingParams, bar: tqdm) -> None:
+    def run(self, shards: list[_Shard], sampler: Sampler, params: SamplingParams, bar: tqdm, writes: bool) -> None:
         home = {prompt.key: shard for shard in shards for prompt in shard.prompts}
         asked = [prompt for shard in shards for prompt in shard.prompts]
         requests = list(sample_requests(self.tokenizer, asked, self.k, self.run_seed))
@@ -160,7 +162,9 @@ class _ShardMaker:
             drawn[shard.name][cell] = sample
             bar.update()
             if len(drawn[shard.name]) == len(shard.prompts) * self.k:
-                self._write(shard, drawn.pop(shard.name))
+                samples = drawn.pop(shard.name)
+                if writes:
+                    self._write(shard, samples)
         if waiting:
             raise DataError(
                 f"the sampler ended without {len(waiting)} of {len(requests)} samples",

@@ -20,6 +20,7 @@ from distill.evals.retention import SET_NAME as RETENTION
 from distill.evals.retention import retention_params
 from distill.evals.run_files import agreement_file, read_agreement
 from distill.records import CaptureSpec, Prompt, SamplingParams
+from distill.split import Split
 from distill.store import StageFolder
 
 if TYPE_CHECKING:
@@ -28,10 +29,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Opened:
-    """A model in memory. `score` (distill.evals.agreement.dense_scorer) is needed of students only."""
+    """A model in memory. `score` (distill.evals.agreement.dense_scorer) is needed of students only; `split` of a model
+    that several ranks hold together, None where each has its own."""
 
     sampler: Sampler
     score: StudentScore | None = None
+    split: Split | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ def _run_entrant(
     if not missing and scored:
         return
     with entrant.open() as model:
+        split = model.split or Split(rank=ranks.rank, world=ranks.world)
         for name in missing:
             evaluate(
                 entrant.candidate,
@@ -92,8 +96,10 @@ def _run_entrant(
                 entrant.tokenizer,
                 grader=grader,
                 folder=folder,
-                rank=ranks.rank,
-                world=ranks.world,
+                rank=split.share,
+                world=split.shares,
+                devices=split.tensor_parallel,
+                writes=split.tensor_rank == 0,
                 barrier=ranks.barrier,
                 **sets[name],
             )

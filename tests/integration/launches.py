@@ -118,9 +118,9 @@ def start(command: list[str], scratch: Path, env: dict[str, str] | None = None) 
         )
 
 
-def finish(process: subprocess.Popen, scratch: Path, since_s: float) -> Launch:
+def finish(process: subprocess.Popen, scratch: Path, since_s: float, limit_s: float = LAUNCH_LIMIT_S) -> Launch:
     try:
-        status = process.wait(LAUNCH_LIMIT_S)
+        status = process.wait(limit_s)
     finally:
         end(process)
     out, err = (scratch / "out.txt").read_text(), (scratch / "err.txt").read_text()
@@ -137,10 +137,12 @@ def distill(config: Path, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "distill.run", "--config", str(config), *arguments]
 
 
-def run(command: list[str], scratch: Path, env: dict[str, str] | None = None) -> Launch:
+def run(
+    command: list[str], scratch: Path, env: dict[str, str] | None = None, limit_s: float = LAUNCH_LIMIT_S
+) -> Launch:
     """The finished launch."""
     since_s = time.monotonic()
-    return finish(start(command, scratch, env), scratch, since_s)
+    return finish(start(command, scratch, env), scratch, since_s, limit_s)
 
 
 def run_until(

@@ -115,7 +115,7 @@ def test_a_contradiction_is_not_reported_for_a_setting_that_is_wrong_in_itself(v
         ("trian={}", "Did you mean train?"),
         ("trian.lr=1e-5", "Did you mean train?"),
         ("prompts.eval.0.familes={}", "Did you mean families?"),
-        ("publish.zzzzzz=1", "The settings there are student, repo, private, license."),
+        ("publish.zzzzzz=1", "The settings there are student, repo, private, license, gguf."),
     ],
 )
 def test_an_unknown_key_suggests_the_nearest_name(valid, override, hint):

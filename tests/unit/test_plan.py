@@ -253,11 +253,14 @@ def config_of(tmp_path, *overrides, **sections):
             "train": [{"kind": "hf", "path": "org/train", "limit": 1000}],
             "eval": [{"kind": "reasoning_gym", "families": {"gcd": 30, "products": 20}}],
         },
-        "teacher": {"path": "org/r1", "geometry": R1.model_dump(), "sampling": {"n": 4, "max_new_tokens": 1000}},
+        "teacher": {
+            "path": "org/r1", "geometry": R1.model_dump(), "sampling": {"n": 4, "max_new_tokens": 1000},
+            "tensor_parallel": "auto", "expert_parallel": "auto",
+        },
         "students": [{"name": "s", "path": "org/b", "loss": {"kind": "response"}, "geometry": QWEN_32B.model_dump()}],
         "train": {"zero_stage": 3, "activation_checkpointing": True, "batch_tokens": 262144},
         "eval": {"k": 4, "max_new_tokens": 1000},
-    }
+    }  # fmt: skip
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(base | sections))
     return load_config(path, overrides)

@@ -35,9 +35,9 @@ def test_a_micro_batch_by_hand(tokenizer, tmp_path):
         dists, t = make_dists(ids, len(tokenizer), seed), [0, 1, 0, 1, 2, 3][row]
         own = slice(dists.offsets_T1[t], dists.offsets_T1[t + 1])
         filled = batch.targets.logprobs_NK[row] > -torch.inf
-        assert batch.targets.ids_NK[row][filled].tolist() == dists.ids_S[own].tolist()
-        assert batch.targets.logprobs_NK[row][filled].numpy() == pytest.approx(dists.logprobs_S[own], abs=1 / 48)
-        assert float(batch.targets.tail_N[row]) == float(dists.tail_T[t])
+        found = dict(zip(batch.targets.ids_NK[row][filled].tolist(), batch.targets.logprobs_NK[row][filled].tolist()))
+        assert found == pytest.approx(dict(zip(dists.ids_S[own].tolist(), dists.logprobs_S[own].tolist())), abs=1 / 8)
+        assert float(batch.targets.tail_N[row]) == pytest.approx(float(dists.tail_T[t]), rel=1 / 32)
         assert batch.labels_M[row] in batch.targets.ids_NK[row]
 
 

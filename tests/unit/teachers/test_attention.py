@@ -75,6 +75,15 @@ def test_rows_keep_their_history_when_slots_grow_move_and_share_a_prompt(case):
         assert closeness(logits, [wanted[2][20], wanted[2][20], wanted[1][5]]) < 1e-4
 
 
+def test_a_prompt_of_one_token_needs_no_mask(case):
+    model, sequences, wanted = case
+    with model.session(slots=1):
+        slot, one = torch.tensor([0]), torch.ones(1, dtype=torch.int64)
+        logits = model.prefill(sequences[1][None, :1], one, slot, slot)
+        assert closeness(logits, [wanted[1][0]]) < 1e-4
+        assert closeness([model.logits(model.hidden(sequences[1][None, :1])[0])], [wanted[1][:1]]) < 1e-4
+
+
 def test_what_a_slot_held_before_does_not_leak_into_its_next_row(case):
     model, sequences, wanted = case
     with model.session(slots=1):

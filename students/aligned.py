@@ -1,0 +1,73 @@
+"""A student whose tokenizer is not the teacher's: its tokens of the traces, and targets from the teacher's cache.
+
+The student's completion is its own encoding of the bytes of the teacher's ids as they were sampled. Distributions are
+turned into targets when a micro-batch is made: faster than a student trains, and nothing has to be stored.
+"""
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from distill.align import Aligner, TextCounts
+from distill.align_report import coverage_text
+from distill.align_spans import KINDS
+from distill.align_tables import default_cache_dir
+from distill.align_targets import pad
+from distill.errors import DataError
+from distill.losses.buckets import BucketedTargets
+from distill.records import CaptureSpec, TokenDists
+from distill.tokens import fingerprint, load_tokenizer
+
+
+class AlignedSignal:
+    """Reads traces first (`completions`), learns from all of them (`finish`), then makes targets.
+
+    coverage: int64 [kinds, classes], positions by kind and by kind of text (align_report).
+    """
+
+    def __init__(self, teacher_path: str, tokenizer: PreTrainedTokenizerFast, sampled_with: str):
+        """sampled_with: fingerprint of the tokenizer that the traces are of; DataError if teacher_path has another."""
+        teacher = load_tokenizer(teacher_path)
+        if fingerprint(teacher) != sampled_with:
+            raise DataError(
+                f"the traces were sampled with tokenizer {sampled_with}, not with the teacher's",
+                where=f"teacher.path {teacher_path}",
+                value=fingerprint(teacher),
+                remedy="Point teacher.path to the model that sampled the traces, or sample again: --restart traces.",
+            )
+        self.aligner = Aligner(teacher, tokenizer, default_cache_dir())
+        self.coverage: np.ndarray | None = None
+        self._counts: TextCounts | None = None
+
+    def completions(self, traces: list[list[int]]) -> list[list[int]]:
+        """The student's ids of these completions, given in the teacher's."""
+        alignment = self.aligner.align(traces)
+        counts, coverage = self.aligner.count(alignment), self.aligner.coverage(alignment)
+        self._counts = counts if self._counts is None else self._counts + counts
+        self.coverage = coverage if self.coverage is None else self.coverage + coverage
+        return [alignment.trace(i).tolist() for i in range(len(traces))]
+
+    def finish(self) -> dict[str, int]:
+        """Positions by kind; no trace is read after this."""
+        if self._counts is not None:
+            self.aligner.learn(self._counts)
+        totals = np.zeros(len(KINDS), np.int64) if self.coverage is None else self.coverage.sum(1)
+        return {f"positions_{name}": int(totals[kind]) for kind, name in KINDS.items()}
+
+    def describe(self) -> str:
+        """A table: what share of the positions has a distribution, by kind of text."""
+        return "" if self.coverage is None else coverage_text(self.coverage)
+
+    def targets(
+        self, completions: list[list[int]], teacher_ids: list[list[int]], dists: list[TokenDists], capture: CaptureSpec
+    ) -> BucketedTargets:
+        """Targets of these traces' student tokens, one behind the other.
+
+        completions: what `completions` returned for teacher_ids. Errors: DataError when the distributions are of
+        another text.
+        """
+        alignment = self.aligner.align(teacher_ids)
+        if alignment.ids_N.tolist() != [i for ids in completions for i in ids]:
+            raise AssertionError("the same text was cut in two ways")
+        padded = pad(self.aligner.targets(alignment, dists, capture), self.aligner.tables)
+        return BucketedTargets(*map(torch.from_numpy, (padded.ids_NK, padded.group_NK, padded.logq_NG, padded.tail_N)))
