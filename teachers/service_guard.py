@@ -8,7 +8,7 @@ import asyncio
 import hmac
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from teachers.service_metrics import Metrics, route_of
 from teachers.service_refusals import Refused, foreign_host, too_large, too_slow, unauthorised
@@ -25,10 +25,20 @@ class Guard:
 
     token: what every request must carry, None for none; then only requests whose Host header names the loopback
     interface are taken, so that a page in a browser cannot reach the service through a name of its own.
+    is_ending: whether answers should be the last of their connections.
     """
 
-    def __init__(self, app, metrics: Metrics, *, token: str | None, variable: str | None, max_body_bytes: int):
-        self.app, self.metrics = app, metrics
+    def __init__(
+        self,
+        app,
+        metrics: Metrics,
+        *,
+        token: str | None,
+        variable: str | None,
+        max_body_bytes: int,
+        is_ending: Callable[[], bool] = lambda: False,
+    ):
+        self.app, self.metrics, self.is_ending = app, metrics, is_ending
         self.token = None if token is None else token.encode()
         self.variable, self.max_body_bytes = variable, max_body_bytes
 
@@ -41,6 +51,8 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if self.is_ending():
+                    message = message | {"headers": [*message["headers"], (b"connection", b"close")]}
             await send(message)
 
         try:

@@ -35,7 +35,7 @@ from teachers.service_work import Service
 HEAD_S = 20.0  # a connection must send a whole request head within this time
 HEAD_BYTES = 64 << 10
 KEEP_ALIVE_S = 75
-LAST_WORDS_S = 10.0  # after an engine has died, answers are given this long
+LAST_WORDS_S = 10.0  # answers are given this long after an engine has died, or after the time to drain
 SMALLEST_TOKEN = 16
 
 
@@ -79,6 +79,7 @@ class ServiceProcess:
             token=token,
             variable=limits.token_env,
             max_body_bytes=limits.max_body_bytes,
+            is_ending=lambda: self.desk.is_stopping or self.desk.failure is not None,
         )
         self.server = _Server(app, self.stop)
 
@@ -115,6 +116,7 @@ class ServiceProcess:
             self.desk.fail(stopping())
         elif first:
             self._asyncio.call_later(self.drain_s, self.desk.fail, stopping())
+            self._asyncio.call_later(self.drain_s + LAST_WORDS_S, self.server.hang_up)
         self.server.should_exit = True
 
     def engine_died(self, name: str, told: str) -> None:
@@ -159,6 +161,10 @@ class _Server(uvicorn.Server):
             )
         )
         self._stop = stop
+
+    def hang_up(self) -> None:
+        """Waits for nobody any more."""
+        self.force_exit = True
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
