@@ -1,8 +1,8 @@
-"""How often the student's cut of a text agrees with a teacher token: keep(t), counted on texts.
+"""How often the student's cut of a text agrees with a teacher token's pieces: keep, counted on texts.
 
-A candidate counts as "its first piece comes next", which the text behind it can undo: after the teacher's "a" may come
-"b", and the student's text then shows "ab". keep(t) is the share of t's occurrences, at boundaries of both, where the
-student's token is in the bucket of t's first piece.
+A candidate counts as "its piece comes next", which the text behind it can undo: after the teacher's "a" may come "b",
+and the student's text then shows "ab". keep of a piece is the share of its teacher token's occurrences, among those
+whose earlier pieces stand in the text, where the student's token is in the bucket of this one.
 
 Shape legend: P pieces of all teacher ids one behind the other, N positions.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distill.align_spans import ALIGNED, CONTRADICTED, Alignment
+from distill.align_spans import ALIGNED, CONTRADICTED, INNER, Alignment
 from distill.align_tables import PairTables
 
 # Occurrences that the share of all tokens together counts for, against a token's own.
@@ -40,9 +40,9 @@ class KeepCounts:
 
 
 def count_keep(tables: PairTables, alignment: Alignment) -> KeepCounts:
-    """The counts of one alignment, first pieces only."""
+    """The counts of one alignment."""
     token_N = alignment.teacher_ids_T[alignment.teacher_N]
-    first_N = (alignment.depth_N == 0) & np.isin(alignment.kind_N, (ALIGNED, CONTRADICTED))
-    at, agreed = tables.offsets_T1[token_N[first_N]], alignment.kind_N[first_N] == ALIGNED
-    size = len(tables.pieces_P)
+    reached_N = np.isin(alignment.kind_N, (ALIGNED, INNER, CONTRADICTED))
+    at = (tables.offsets_T1[token_N] + alignment.depth_N)[reached_N]
+    agreed, size = (alignment.kind_N != CONTRADICTED)[reached_N], len(tables.pieces_P)
     return KeepCounts(np.bincount(at, minlength=size), np.bincount(at[agreed], minlength=size))

@@ -4,7 +4,7 @@ At student position j, starting in teacher token i whose cached distribution is 
 
     aligned    Q(c) ~ sum of p(t) keep(t) valid(s_{j-1}, first piece of t) over the t whose first piece has root c
     inner      d pieces behind the beginning of t_i: the t whose pieces begin with the same d and go on, by the root of
-               their piece d, renormalised. Those that end there are dropped: that t_i goes on is given.
+               their piece d, times keep, renormalised. Those that end there are dropped: that t_i goes on is given.
     otherwise  no outcomes, the rest has it all: the loss below is then cross-entropy
 
 The cached tail is mass of tokens that are not known. Aligned, it is taken to be like the less likely half of the
@@ -124,7 +124,7 @@ def make_targets(
     rows_R = np.flatnonzero(alignment.kind_N <= COVERED)
     said = _candidates(tables, alignment, cached, rows_R, pairs, capture)
     if keep_P is not None and not tables.identical:
-        said = _weigh(alignment.depth_N[rows_R], said, keep_P)
+        said = _weigh(said, keep_P[said.at_S])
     row_E, roots_E, logw_E, rest_R = _by_bucket(tables, said, cached.tail_T[alignment.teacher_N[rows_R]])
     logq_E, tail_R = _normalise(row_E, logw_E, rest_R, said.changed_R)
     return _assemble(tables, alignment, rows_R, row_E, roots_E, logq_E, tail_R)
@@ -179,9 +179,8 @@ def _from_tail(cached: TokenDists, capture: CaptureSpec) -> tuple[np.ndarray, np
     return small_T | np.logical_or.reduceat(np.append(drawn_S, False), cached.offsets_T1[:-1]), beyond_S
 
 
-def _weigh(depth_R: np.ndarray, said: _Candidates, keep_P: np.ndarray) -> _Candidates:
-    """Aligned candidates times keep."""
-    keep_S = np.where(depth_R[said.row_S] == 0, keep_P[said.at_S], 1.0)
+def _weigh(said: _Candidates, keep_S: np.ndarray) -> _Candidates:
+    """Every candidate's probability times keep."""
     changed_R = said.changed_R.copy()
     changed_R[said.row_S[keep_S != 1]] = True
     return replace(said, logp_S=said.logp_S + np.log(keep_S), changed_R=changed_R)

@@ -12,6 +12,8 @@ from distill.align_bytes import ByteTokenizer
 from distill.align_spans import ALIGNED, CONTRADICTED, INNER, INSIDE, RECUT, align
 from distill.align_tables import build_tables
 from distill.errors import DataError
+from distill.tokens import encode_completion, end_id
+from teachers.tiny.tokenizers import SPECS, build
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -51,6 +53,30 @@ def test_every_position_follows_the_definitions(seed, traces):
             assert expected == INSIDE or found.depth_N[n] == depth
             n += 1
     assert n == len(found)
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    lines = ["we add 12 and 345.\n\nSo it's \u00e9t\u00e9, \u4f60\u597d!", "  x_1 = 25/3 </think>\n\\boxed{7}"] * 30
+    made = {name: build(spec, lines) for name, spec in SPECS.items()}
+    return made["teacher"], [Aligner(made["teacher"], made[name]) for name in ("qwen", "llama")]
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(st.characters(blacklist_categories=("Cs",)), max_size=30), cut=st.integers(0, 3))
+def test_any_text_keeps_its_bytes_and_every_position_gets_a_kind(bundled, text, cut):
+    """Also one that the token budget cut inside a character; the qwen student's own normalizer would change it."""
+    teacher, aligners = bundled
+    ids = encode_completion(teacher, text + "\u4f60e\u0301\u212b \U0001f600")
+    for aligner in aligners:
+        traces = [np.array([*ids, end_id(teacher)]), np.array(ids[: len(ids) - cut])]
+        found = aligner.align(traces)
+        for index, trace in enumerate(traces):
+            own = found.trace(index)
+            written = aligner.student.join(own).tobytes()
+            assert written == aligner.teacher.join(trace).tobytes()  # "<|end|>" is written alike in both
+        assert int(found.lens_N.sum()) == sum(int(aligner.teacher.lens_V[trace].sum()) for trace in traces)
+        assert found.kind_N[found.student_offsets_B1[1] - 1] == ALIGNED  # the end
 
 
 def test_by_hand():

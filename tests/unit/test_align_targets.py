@@ -128,6 +128,26 @@ def test_keep_weighs_a_candidate_by_how_often_the_text_agrees():
     assert targets.tail_N == pytest.approx([1 / 7], abs=1e-6)
 
 
+def test_keep_weighs_inside_a_token_too():
+    aligner = Aligner(byte_level(NUMERALS), byte_level([(b"3", b"x")]))
+    n123, n124, x = ids_of(aligner.teacher, b"123", b"124", b"x")
+    learn(aligner, aligner.align([[n123, n124], [n123, x]]))
+    # "3x" is no string of the teacher's: it stands for "3", so nothing disagrees
+    assert (aligner.keep_P == 1).all()
+    aligner.keep_P = np.ones(len(aligner.tables.pieces_P))
+    aligner.keep_P[aligner.tables.offsets_T1[n123] + 2] = 0.5
+    targets = aligner.targets(aligner.align([[n123]]), [dists_of([{n123: 0.7, n124: 0.2}], [n123])], CAPTURE)
+    assert outcomes(targets, aligner, 2) == pytest.approx({b"3": 0.35 / 0.55, b"4": 0.2 / 0.55}, abs=1e-6)
+
+
+def test_inside_a_token_the_text_may_disagree():
+    aligner = Aligner(byte_level([*NUMERALS, (b"3", b"x")]), byte_level([(b"3", b"x")]))
+    n123, x = ids_of(aligner.teacher, b"123", b"x")
+    counts = learn(aligner, aligner.align([[n123, x], [n123]]))
+    at = aligner.tables.offsets_T1[n123] + np.arange(3)
+    assert counts.seen_P[at].tolist() == [2, 2, 2] and counts.agreed_P[at].tolist() == [2, 2, 1]
+
+
 def test_keep_is_counted_where_the_text_disagrees():
     teacher, student = byte_level([(b"a", b"b")]), byte_level([(b"b", b"c"), (b"a", b"b"), (b"c", b"c")])
     aligner = Aligner(teacher, student)

@@ -1,6 +1,7 @@
 """Many at once, those who leave, those who are told to come back, and the ways a service ends."""
 
 import asyncio
+import http.client
 import json
 import random
 import threading
@@ -137,6 +138,26 @@ def test_told_to_stop_it_finishes_what_runs_and_takes_nothing_new(bundled):
         assert world.status == 0
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{world.url}/health", trust_env=False)
+
+
+@pytest.mark.parametrize("ending", ["asked", "asked by nobody"])
+def test_a_connection_that_misses_the_end_does_not_keep_the_service_alive(spare, monkeypatch, ending):
+    # uvicorn closes idle connections as it stops, and tells busy ones to close: one whose answer has begun misses both.
+    monkeypatch.setattr(service_server._PatientProtocol, "shutdown", lambda self: None)
+    monkeypatch.setattr(service_server, "LAST_WORDS_S", 1.0)
+    with serving(spare, drain_s=1) as world:
+        connection = http.client.HTTPConnection(*world.url.removeprefix("http://").split(":"))
+        connection.request("GET", "/health")
+        assert connection.getresponse().read()
+        world.process.stop()
+        until(lambda: world.desk.is_stopping, "it stops")
+        if ending == "asked":
+            connection.request("POST", "/v1/completions", b'{"prompt": "1"}')
+            answer = connection.getresponse()
+            assert answer.status == 503 and answer.headers["Connection"] == "close" and answer.read()
+        until(lambda: world.status is not None, "it has ended", 30)
+        assert world.status == 0
+        connection.close()
 
 
 def test_what_does_not_finish_while_it_stops_is_told_so(bundled):
