@@ -75,9 +75,9 @@ def speed_rows(name: str, aligner: Aligner, chain: TeacherChain, traces: list[np
     seconds = time.process_time() - started
     outcomes = sum(len(each.roots_E) for each in made)
     members = sum(int(aligner.tables.bucket_sizes_S[each.roots_E].sum()) for each in made)
-    asked, not_by_rule, encoded = (aligner.pairs.counts / positions).tolist()
+    asked, not_by_rule, unremembered = (aligner.pairs.counts / positions).tolist()
     print(f"{name}: {positions} positions in {seconds:.1f} s; a position asks for {asked:.1f} neighbours, of which "
-          f"{not_by_rule:.2f} not answered by the word rule, {encoded:.2f} encoded")  # fmt: skip
+          f"{not_by_rule:.2f} not answered by the word rule, {unremembered:.2f} not remembered")  # fmt: skip
     return [
         row(f"positions_per_s_core/{name}", positions / seconds, "positions per s of CPU", goal=GOAL_SPEED),
         row(f"support/{name}", support, "teacher tokens per teacher position"),

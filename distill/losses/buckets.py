@@ -58,7 +58,7 @@ class BucketedTargets:
 
         members = torch.zeros_like(self.ids_NK, dtype=self.logprobs_NG.dtype).masked_fill(self.padded_NK, -torch.inf)
         shares = members.exp() / members.exp().sum(1, keepdim=True).clamp(min=1)
-        uniform = SparseTargets(self.ids_NK, shares.log(), 1 - shares.sum(1))
+        uniform = SparseTargets(self.ids_NK, shares.log(), (1 - shares.sum(1)).clamp(min=0))
         uniform.check(vocab_size, distinct=distinct)
         outcome_ids = torch.arange(self.logprobs_NG.shape[1], device=self.ids_NK.device).expand_as(self.logprobs_NG)
         SparseTargets(outcome_ids, self.logprobs_NG, self.tail_N).check(max(outcome_ids.shape[1], 1), distinct=False)

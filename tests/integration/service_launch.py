@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -40,11 +40,12 @@ class Launched:
         """Rank -> process id, of a service started by the launcher."""
         found = {}
         for each in Path("/proc").iterdir():
-            if each.name.isdigit() and os.getpgid(int(each.name)) == self.process.pid:
-                words = (each / "cmdline").read_bytes().decode().split("\0")
-                rank = [word.partition("=")[2] for word in words if word.startswith("--local_rank=")]
-                if rank and "teachers/serve.py" in words:
-                    found[int(rank[0])] = int(each.name)
+            with suppress(OSError):  # it ended while we looked
+                if each.name.isdigit() and os.getpgid(int(each.name)) == self.process.pid:
+                    words = (each / "cmdline").read_bytes().decode().split("\0")
+                    rank = [word.partition("=")[2] for word in words if word.startswith("--local_rank=")]
+                    if rank and any(word.endswith("teachers/serve.py") for word in words):
+                        found[int(rank[0])] = int(each.name)
         return found
 
 

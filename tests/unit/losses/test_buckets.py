@@ -124,6 +124,9 @@ def test_by_hand():
 def test_a_token_in_two_buckets_and_masses_past_one_are_refused():
     good = (torch.tensor([[0, 1]]), torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]]).log(), torch.tensor([0.0]))
     BucketedTargets(*good).check(4)
+    for members in range(1, 40):  # equal shares of many members need not sum to 1 in float32
+        one = torch.zeros(1, members, dtype=torch.int64)
+        BucketedTargets(torch.arange(members)[None], one, torch.zeros(1, 1), torch.zeros(1)).check(40)
     with pytest.raises(DataError, match="twice"):
         BucketedTargets(torch.tensor([[1, 1]]), *good[1:]).check(4)
     with pytest.raises(DataError, match="sum to 1"):
