@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from benchmarks import cache_peer
-from benchmarks.cache_capture import WIDE, Captured, captures
+from benchmarks.cache_capture import TEXTS, WIDE, Captured, captures
 from benchmarks.results_file import row, write
 from distill.cache_codec import prune
 from distill.commit import commit
@@ -188,12 +188,13 @@ def peer_rows(prefix: str, text: dict[str, Captured], vocab_size: int) -> list[d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--k-max", type=int, default=256)
-    parser.add_argument("--tail-bound", type=float, default=1e-3)
+    parser.add_argument("--texts", nargs="+", choices=TEXTS, default=TEXTS)
+    parser.add_argument("--k-max", type=int, default=1024)
+    parser.add_argument("--tail-bound", type=float, default=1.2e-4)
     parser.add_argument("--folder", type=Path, default=Path("runs/bench-cache"), help="keeps the model and its samples")
     args = parser.parse_args()
     rows = []
-    for name, text, vocab_size in captures(args.folder):
+    for name, text, vocab_size in captures(args.folder, args.texts):
         torch.set_num_threads(1)
         new = own_rows(PREFIX[name], text, CaptureSpec(args.k_max, args.tail_bound), vocab_size)
         new += peer_rows(PREFIX[name], text, vocab_size)

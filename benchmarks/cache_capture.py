@@ -5,7 +5,7 @@ Shape legend: T tokens of a trace, C tokens of a chunk, E hidden, V vocabulary, 
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -42,10 +42,13 @@ class Captured:
     dense_T: np.ndarray
 
 
-def captures(folder: Path) -> Iterator[tuple[str, dict[str, Captured], int]]:
+TEXTS = ("traces", "open", "human")
+
+
+def captures(folder: Path, names: Sequence[str] = TEXTS) -> Iterator[tuple[str, dict[str, Captured], int]]:
     """(name, traces by key, vocabulary size) of each kind of text; computed where `folder` has them not."""
     folder.mkdir(parents=True, exist_ok=True)
-    names, models = ("traces", "open", "human"), None
+    models = None
     for name in names:
         path = folder / f"{name}.npz"
         if not path.exists():
