@@ -207,7 +207,7 @@ def test_a_stage_is_read_shard_by_shard_and_a_damaged_shard_stops_it(tmp_path):
 
 
 def test_a_bit_flipped_in_the_data_is_noticed_by_the_page_checksums(shard):
-    """Those cover pages, not their short headers, nor the footer: every byte is the sidecar's, checked first (above)."""
+    """Those cover pages, not their short headers nor the footer; the sidecar covers every byte, and comes first."""
     good, traces, rng = shard.read_bytes(), read_traces(shard), random.Random(7)
     footer_bytes = int.from_bytes(good[-8:-4], "little") + 8
     noticed, other = 0, 0
