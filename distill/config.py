@@ -165,7 +165,10 @@ class Sampling(Section):
 
 class Capture(Section):
     k_max: Int = setting(64, "most likely tokens stored of a position, at most", unit="tokens", ge=1, le=65535)
-    tail_bound: float = setting(1e-3, "stop adding tokens once the rest weighs less", unit="probability", ge=0, lt=1)
+    tail_bound: float = setting(
+        1e-3, "stop adding tokens once the rest weighs less; none under an eighth of it is stored",
+        unit="probability", ge=0, lt=1,
+    )  # fmt: skip
 
 
 class Teacher(Section):
