@@ -38,9 +38,13 @@ def rows_of(seed: int, report: dict) -> list[dict]:
     rows = []
     for model in report["models"]:
         rows.append(row(f"pass_at_1/{model['name']}/seed{seed}", model["pass_at_1"], "share"))
+        for name, unit in (("ci_low", "share"), ("ci_high", "share"), ("mean_tokens", "tokens")):
+            rows.append(row(f"pass_at_1/{model['name']}/seed{seed}/{name}", model[name], unit))
     for gap in report["gap_recovered"]:
         goal = ">= 0.8" if gap["student"] == "logits" else None
         rows.append(row(f"gap_recovered/{gap['student']}/seed{seed}", gap["value"], "share of the gap", goal=goal))
+        for name in ("ci_low", "ci_high"):
+            rows.append(row(f"gap_recovered/{gap['student']}/seed{seed}/{name}", gap[name], "share of the gap"))
     for pair in report["comparisons"]:
         if {pair["a"], pair["b"]} == set(STUDENTS):
             rows.append(row(f"p_value/logits_vs_response/seed{seed}", pair["p_value"], "probability"))

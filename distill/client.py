@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from distill import tokens, wire
 from distill.client_http import Closed, Http
-from distill.client_peers import PeerServer
+from distill.client_peers import PeerServer, completion_request
 from distill.errors import ServiceError
 from distill.records import CaptureSpec, Sample, SampleRequest, SamplingParams, TokenDists
 
@@ -201,17 +201,8 @@ class OwnServer:
         """Nothing: it can."""
 
     def sample(self, request: SampleRequest, params: SamplingParams, capture: CaptureSpec | None) -> Sample:
-        content = {
-            "model": self._model,
-            "prompt": list(request.prompt_ids),
-            "max_tokens": params.max_new_tokens,
-            "temperature": params.temperature,
-            "top_p": params.top_p,
-            "top_k": params.top_k,
-            "min_p": params.min_p,
+        content = completion_request(self._model, request, params) | {
             "stop": list(params.stop) or None,
-            "seed": request.seed,
-            "return_token_ids": True,
             "capture": capture and asdict(capture),
         }
         choice = self._http.post("/v1/completions", content)["choices"][0]

@@ -34,6 +34,21 @@ TAIL = "the tail is 1 minus the stored mass, so it is exact to about 1e-6 only"
 BATCH = "samples may depend on what else the server runs: the same seed need not give the same sample again"
 
 
+def completion_request(model: str, request: SampleRequest, params: SamplingParams) -> dict:
+    """What every server is told of one sample in /v1/completions."""
+    return {
+        "model": model,
+        "prompt": list(request.prompt_ids),
+        "max_tokens": params.max_new_tokens,
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "top_k": params.top_k,
+        "min_p": params.min_p,
+        "seed": request.seed,
+        "return_token_ids": True,
+    }
+
+
 class PeerServer:
     """A server that is not ours. `prepare` raises ServiceError for what it cannot give; `limitations` has the rest."""
 
@@ -106,20 +121,12 @@ class PeerServer:
 
     def _choice(self, request: SampleRequest, params: SamplingParams, capture: CaptureSpec | None) -> dict:
         """What the server answers. All settings are sent: servers take missing ones from the model's own files."""
-        content = {
-            "model": self._model,
-            "prompt": list(request.prompt_ids),
-            "max_tokens": params.max_new_tokens,
-            "temperature": params.temperature,
-            "top_p": params.top_p,
+        content = completion_request(self._model, request, params) | {
             "top_k": params.top_k or -1,
-            "min_p": params.min_p,
             "repetition_penalty": 1.0,
             "frequency_penalty": 0.0,
             "presence_penalty": 0.0,
             "stop_token_ids": self.stop_ids,
-            "seed": request.seed,
-            "return_token_ids": True,
             "skip_special_tokens": False,
         }
         if params.stop:

@@ -28,7 +28,6 @@ class GradStash:
     front: int
     rows: int
     vocab: int
-    block: int
     width: int
 
     @classmethod
@@ -41,11 +40,15 @@ class GradStash:
         front = max(-(-logits_bytes // dtype.itemsize), min(width, vocab) * hidden if hidden <= rows else 0)
         front = -(-front // 64) * 64
         room = torch.empty(front + rows * _aligned(vocab), dtype=dtype, device=device)
-        return cls(room, front, rows, vocab, block, width)
+        return cls(room, front, rows, vocab, width)
 
     @property
     def grads(self) -> Tensor:
         return self.room[self.front :]
+
+    @property
+    def block(self) -> int:
+        return stash_block(self.vocab)
 
     @property
     def padded(self) -> int:

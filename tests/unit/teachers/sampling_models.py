@@ -18,6 +18,14 @@ from teachers.attention import LatentCache, install
 
 VOCAB = 700
 STOPS = list(range(12))
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 64,
+}
 
 
 def _peaked(model):

@@ -3,20 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from sampling_models import VOCAB, deepseek, llama, qwen3, slot_model
+from sampling_models import VOCAB, YARN, deepseek, llama, qwen3, slot_model
 
 from distill.errors import ModelError
 from distill.slots import SlotModel
 
 torch.set_num_threads(1)
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-    "original_max_position_embeddings": 64,
-}
 MODELS = {
     "deepseek": deepseek,
     "deepseek-full-rank-query": lambda: deepseek(q_lora_rank=None),

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sampling_models import STOPS, VOCAB, as_table, deepseek, generator, requests
+from sampling_models import STOPS, VOCAB, YARN, as_table, deepseek, generator, requests
 
 from distill.records import CaptureSpec, SamplingParams
 from teachers.paged import PagePool
@@ -16,14 +16,6 @@ torch.set_num_threads(1)
 BUNDLED = Path(__file__).parents[3] / "teachers" / "tiny" / "teacher"
 PARAMS, SPEC = SamplingParams(0.9, 0.95, 0, 24), CaptureSpec(16, 1e-2)
 WIDE = {"qk_rope_head_dim": 16, "kv_lora_rank": 32, "v_head_dim": 16, "qk_nope_head_dim": 16}  # sizes of a GPU's tiles
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-    "original_max_position_embeddings": 64,
-}
 MODELS = {
     "plain": {},
     "full-rank-query": {"q_lora_rank": None},
