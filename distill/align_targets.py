@@ -167,12 +167,16 @@ def _candidates(
 
 def _from_tail(cached: TokenDists, capture: CaptureSpec) -> tuple[np.ndarray, np.ndarray]:
     """(bool [T]: the token was drawn from the tail and is stored for that alone; bool [S]: a stored token that counts
-    as tail, since a drawn one may have taken its place). A full support therefore ends at k_max - 1."""
+    as tail, since a drawn one may have taken its place). A full support therefore ends at k_max - 1.
+
+    A cache drops entries lighter than min_mass unless drawn, so a lighter one that stands there was drawn. A heavier
+    one from the tail is lighter than its whole support, which is therefore stored whole: the sum below is exact."""
     sizes_T = np.diff(cached.offsets_T1)
     last_T = cached.offsets_T1[1:] - 1
     is_last_T = cached.ids_S[last_T] == cached.sampled_T
     tail_before_T = cached.tail_T + np.exp(cached.logprobs_S[last_T])
-    small_T = is_last_T & (sizes_T > 1) & (cached.tail_T > 0) & (tail_before_T <= capture.tail_bound)
+    light_T = np.exp(cached.logprobs_S[last_T]) < capture.min_mass
+    small_T = is_last_T & (sizes_T > 1) & (cached.tail_T > 0) & (light_T | (tail_before_T <= capture.tail_bound))
     rank_S = np.arange(len(cached.ids_S)) - np.repeat(cached.offsets_T1[:-1], sizes_T)
     beyond_S = (rank_S >= capture.k_max - 1) & np.repeat(cached.tail_T > 0, sizes_T)
     drawn_S = beyond_S & (cached.ids_S == np.repeat(cached.sampled_T, sizes_T))

@@ -8,50 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import Field, model_validator
 
 from distill import config_check, config_fields, config_load
+from distill.config_geometry import Geometry
+from distill.config_students import Student, Train
+from distill.config_types import ENV_NAME, NAME, Family, Grader, Int, Section, Ways, setting
 
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-ENV_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
 STAGES = ("prompts", "traces", "logits", "train", "eval", "publish")
-
-
-def _whole(value: object) -> object:
-    """1e5 is a whole number too, though YAML reads it as a float."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Int = Annotated[int, BeforeValidator(_whole)]
-
-
-def _ways(value: object) -> object:
-    whole = _whole(value)
-    if whole == "auto" or (isinstance(whole, int) and not isinstance(whole, bool) and whole >= 1):
-        return whole
-    raise ValueError(f"{value!r} is neither a whole number >= 1 nor auto. Use auto, and the plan chooses")
-
-
-Ways = Annotated[int | Literal["auto"], PlainValidator(_ways)]
-
-# Names that other modules implement; they stand here too, so that a wrong one is found before anything is imported.
-Family = Literal[
-    "chain_sum", "basic_arithmetic", "products", "gcd", "simple_equations",
-    "leg_counting", "spell_backward", "letter_counting", "count_bits",
-]  # fmt: skip
-Grader = Literal["exact", "integer", "number", "math"]
-Divergence = Literal["forward_kl", "reverse_kl", "jsd", "scaled_jsd", "skew_kl", "total_variation"]
-
-
-def setting(default: Any, text: str, *, unit: str | None = None, use: str | None = None, **bounds: Any) -> Any:
-    """A field with its meaning, its unit, and `use`: what to write instead of a value that is out of bounds."""
-    return Field(default, description=text, json_schema_extra={"unit": unit, "use": use}, **bounds)
-
-
-class Section(BaseModel):
-    """Settings that belong together; unknown names are errors and nothing is converted silently."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Run(Section):
@@ -131,30 +95,6 @@ class Prompts(Section):
     max_train: Int | None = setting(None, "training prompts to keep; null keeps all", unit="prompts", ge=1)
 
 
-class Geometry(Section):
-    """The sizes of a model, enough to plan without its checkpoint. The second half is for deepseek_v3 only."""
-
-    family: Literal["deepseek_v3", "qwen2", "qwen3", "llama"] = setting(..., "architecture")
-    hidden_size: Int = setting(..., "width of the residual stream", ge=1)
-    layers: Int = setting(..., "decoder layers", ge=1)
-    heads: Int = setting(..., "query heads", ge=1)
-    kv_heads: Int | None = setting(None, "key and value heads; null means heads", ge=1)
-    head_dim: Int | None = setting(None, "width of a head; null means hidden_size / heads", ge=1)
-    intermediate_size: Int = setting(..., "width of a dense MLP", ge=1)
-    vocab_size: Int = setting(..., "rows of the embedding, padding included", unit="tokens", ge=2)
-    tie_embeddings: bool = setting(False, "the head is the embedding")
-    routed_experts: Int | None = setting(None, "routed experts of a layer", ge=1)
-    experts_per_token: Int | None = setting(None, "routed experts a token visits", ge=1)
-    moe_intermediate_size: Int | None = setting(None, "width of one expert", ge=1)
-    shared_experts: Int | None = setting(None, "experts that every token visits", ge=0)
-    dense_layers: Int | None = setting(None, "first layers with a dense MLP", ge=0)
-    q_lora_rank: Int | None = setting(None, "rank of the query projection; null means full", ge=1)
-    kv_lora_rank: Int | None = setting(None, "rank of the latent key-value cache", ge=1)
-    qk_rope_head_dim: Int | None = setting(None, "rotary part of a key head", ge=1)
-    qk_nope_head_dim: Int | None = setting(None, "part of a key head without position", ge=1)
-    v_head_dim: Int | None = setting(None, "width of a value head", ge=1)
-
-
 class Sampling(Section):
     n: Int = setting(1, "samples of each training prompt", unit="samples", ge=1)
     temperature: float = setting(0.6, "0 is greedy", ge=0, use="Use 0.6, or 0 for greedy decoding.")
@@ -205,51 +145,6 @@ class Traces(Section):
     verify: bool = setting(True, "keep only traces whose answer is correct")
     max_per_prompt: Int | None = setting(None, "traces kept of a prompt; null keeps all", unit="traces", ge=1)
     shard_prompts: Int = setting(64, "prompts in a shard, the most that an interruption repeats", unit="prompts", ge=1)
-
-
-class Loss(Section):
-    """loss = alpha * temperature^2 * divergence + (1 - alpha) * cross-entropy."""
-
-    kind: Literal["response", "logits"] = setting(..., "learn from the text alone, or from distributions too")
-    alpha: float = setting(
-        0.0, "weight of the divergence", ge=0, le=1, use="Use 0 with kind response, 0.9 with kind logits."
-    )
-    divergence: Divergence = setting("forward_kl", "distance of the student from the teacher")
-    beta: float = setting(0.5, "mixture weight of jsd, scaled_jsd and skew_kl", ge=0, le=1)
-    temperature: float = setting(1.0, "softens teacher and student", gt=0, use="Use 1.0 to leave logits unchanged.")
-
-
-class Student(Section):
-    name: str = setting(..., "name in folders and tables", pattern=NAME, use="Use letters, digits, . _ and -.")
-    path: str = setting(..., "folder or Hub id of the base model", min_length=1)
-    geometry: Geometry | None = setting(None, "sizes for the plan; null reads config.json in path")
-    loss: Loss = setting(Loss(kind="response"), "what the student learns from")
-
-
-class Train(Section):
-    epochs: Int = setting(2, "passes over the traces", unit="epochs", ge=1)
-    max_seq_tokens: Int = setting(4096, "length of a packed row, and of the longest trace", unit="tokens", ge=8)
-    batch_tokens: Int = setting(65536, "tokens of one optimizer step, over all devices", unit="tokens", ge=8)
-    micro_batch_tokens: Int = setting(4096, "tokens of one forward pass on one device", unit="tokens", ge=8)
-    lr: float = setting(
-        1e-5, "peak learning rate", gt=0, lt=1, use="Use 1e-5 for a large student, 1e-3 for a tiny one."
-    )
-    embedding_lr_ratio: float = setting(1.0, "learning rate of embedding and head over that of the rest", gt=0, le=1)
-    min_lr_ratio: float = setting(0.1, "last learning rate over the peak", ge=0, le=1)
-    warmup_ratio: float = setting(0.03, "share of the steps that warm up", ge=0, lt=1)
-    weight_decay: float = setting(0.0, "decoupled, as in AdamW", ge=0)
-    betas: list[Annotated[float, Field(ge=0, lt=1)]] = setting(
-        [0.9, 0.95], "moment decay of AdamW", min_length=2, max_length=2
-    )
-    clip_norm: float = setting(1.0, "largest gradient norm; 0 switches clipping off", ge=0)
-    schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "learning rate after warm-up")
-    checkpoint_steps: Int = setting(100, "steps between checkpoints", unit="steps", ge=1)
-    keep_checkpoints: Int = setting(2, "last checkpoints kept", unit="checkpoints", ge=1)
-    zero_stage: Literal[0, 1, 2, 3] = setting(1, "what DeepSpeed shards: 1 optimizer, 2 gradients, 3 weights")
-    offload: Literal["none", "cpu", "nvme"] = setting("none", "where optimizer state lives")
-    activation_checkpointing: bool = setting(False, "recompute activations in the backward pass")
-    compile: Literal["auto", "on", "off"] = setting("auto", "torch.compile of the layers; auto is on for a GPU alone")
-    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto is bfloat16 on GPU, float32 on CPU")
 
 
 class Eval(Section):

@@ -19,7 +19,7 @@ from distill.checkpoints import fingerprint_checkpoint, resolve_checkpoint
 from distill.client import ServiceTeacher
 from distill.commit import commit
 from distill.config import Config, Student, stage_spec
-from distill.errors import ConfigError, ServiceError, StoreError
+from distill.errors import ServiceError, StoreError
 from distill.evals.agreement import dense_scorer
 from distill.evals.report import write_report
 from distill.evals.results import Candidate
@@ -47,7 +47,6 @@ class Pipeline:
 
     def __init__(self, config: Config, *, command: str, restart: str | None = None):
         publish.check_publish(config)
-        check_tokenizers(config)
         self.config, self.command = config, command
         self.ranks = dist.init_ranks(config.hardware.device)
         self.folder = RunFolder(config.run.dir, config.run.name, commit=commit(), rank=self.ranks.rank)
@@ -331,23 +330,6 @@ def connect(config: Config) -> ServiceTeacher:
             remedy=f"Use {service.dtype} or auto, or start the service with teacher.dtype: {teacher.dtype}.",
         )
     return service
-
-
-def check_tokenizers(config: Config) -> None:
-    """Returns if every student that learns from distributions has the teacher's tokens; ConfigError else."""
-    for number, student in enumerate(config.students):
-        if student.loss.kind == "logits" and not same_tokenizer(student.path, config.teacher.path):
-            raise ConfigError(
-                "its tokenizer is not the teacher's, so distributions over the teacher's tokens do not fit it",
-                where=f"students.{number}.path",
-                value=student.path,
-                remedy=f"Set students.{number}.loss to kind: response and alpha: 0, or take a student with the "
-                "teacher's tokenizer.",
-            )
-
-
-def same_tokenizer(one: str, other: str) -> bool:
-    return fingerprint(load_tokenizer(one)) == fingerprint(load_tokenizer(other))
 
 
 def candidate(name: str, role: str, path: str, **more: str) -> Candidate:

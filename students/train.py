@@ -57,7 +57,11 @@ def train_student(
     dtype = train_dtype(config.train.dtype, ranks.device)
     model, tokenizer = load_student(student.path, dtype)
     use_logits = student.loss.kind == "logits"
-    data = load_traces(traces, logits if use_logits else None, tokenizer, config.train.max_seq_tokens)
+    data = load_traces(
+        traces, logits if use_logits else None, tokenizer, config.train.max_seq_tokens, config.teacher.path
+    )
+    if data.aligned is not None:
+        ranks.print(data.aligned.describe())
     plan = TrainPlan(
         data.keys,
         data.lengths,

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from distill.config import Config, Divergence, Family, Grader, describe, load_config, stage_spec
+from distill.config import Config, describe, load_config, stage_spec
+from distill.config_types import Divergence, Family, Grader
 from distill.config_fields import settings
 from distill.errors import ConfigError
 
