@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from distill.config import Config, describe, load_config, stage_spec
-from distill.config_types import Divergence, Family, Grader
 from distill.config_fields import settings
+from distill.config_types import Divergence, Family, Grader
 from distill.errors import ConfigError
 
 VALID = """
