@@ -35,6 +35,7 @@ from benchmarks.results_file import row, write
 from distill.align import Aligner
 from distill.align_bytes import ByteTokenizer
 from distill.align_pairs import PairMask
+from distill.align_report import coverage_rows as by_class
 from distill.align_report import coverage_text, covered_share
 from distill.align_spans import ALIGNED, INNER, KINDS, Alignment, align
 from distill.align_tables import PairTables, build_tables
@@ -54,7 +55,7 @@ def coverage_rows(name: str, aligner: Aligner, texts: dict[str, list[np.ndarray]
     """Shares of the positions with a distribution, by class of text, and of each kind."""
     by_kind = {kind: aligner.coverage(aligner.align(traces)) for kind, traces in texts.items()}
     counts = sum(by_kind.values())
-    print(f"\nDeepSeek-R1 -> {name}\n{coverage_text(counts)}")
+    print(f"\nDeepSeek-R1 -> {name}\n{coverage_text(by_class(counts))}")
     rows = [row(f"covered_share/{name}/{c}", share, "share of positions") for c, share in covered_share(counts).items()]
     for kind, each in by_kind.items():
         rows.append(row(f"covered_share/{name}/text/{kind}", covered_share(each)["all"], "share of positions"))

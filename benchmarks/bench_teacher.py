@@ -1,6 +1,8 @@
 """How fast does one GPU sample traces and distributions from an R1-style mixture of experts, and score sequences?
 
     python benchmarks/bench_teacher.py            # about five minutes on an H100; --quick: one minute
+    python benchmarks/bench_teacher.py --dense    # a dense model of eight billion parameters instead
+    python -m benchmarks.bench_teacher --gpus 2   # the model split over the GPUs of this host
 
 The model has the architecture of DeepSeek-V3 at 15.8 billion parameters (hidden 2048, 27 layers, 64 experts of which 6
 answer a token, latent rank 512, vocabulary 129,280), with random weights of standard deviation 0.02, so that routing is
@@ -10,6 +12,7 @@ Rows. decode_tokens_per_s/bN: N rows, traces and distributions (top 64, exact ta
 traces alone. Both leave the prefill out: the time of a run with 512 new tokens minus that of a run with one.
 decode_share_of_limit/bN: of what reading once per step every weight that is used and every cached latent would allow,
 at the bandwidth of a copy on this device. score_tokens_per_s: 4 sequences of 4,096 tokens, top 64 of every position.
+.../fp8: the routed experts are kept in block-scaled FP8.
 """
 
 import argparse
@@ -20,6 +23,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm, DeepseekV3TopkRouter
 
 from benchmarks.results_file import row, write
+from benchmarks.teacher_fp8 import to_fp8
 from distill.commit import commit
 from distill.generate import Row
 from distill.records import CaptureSpec, SampleRequest, SamplingParams
@@ -80,12 +84,14 @@ def requests(count: int, seed: int = 0) -> list[SampleRequest]:
     return [SampleRequest(f"p{i}", 0, tuple(prompt), seed * 1000 + i) for i, prompt in enumerate(ids)]
 
 
-def sampling_s(generator: PagedGenerator, batch: int, new: int, capture: CaptureSpec | None, draw: dict) -> float:
+def sampling_s(
+    generator: PagedGenerator, batch: int, new: int, capture: CaptureSpec | None, draw: dict, seed: int = 0
+) -> float:
     """Seconds for `batch` completions of `new` tokens, prefill included."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     params = SamplingParams(**draw, max_new_tokens=new)
-    samples = list(generator.sample(requests(batch), params, capture))
+    samples = list(generator.sample(requests(batch, seed), params, capture))
     seconds = time.perf_counter() - start
     if len(samples) != batch or any(len(sample.completion_ids) != new for sample in samples):
         raise RuntimeError("not every row drew its tokens")
@@ -94,11 +100,13 @@ def sampling_s(generator: PagedGenerator, batch: int, new: int, capture: Capture
     return seconds
 
 
-def decode_rate(generator: PagedGenerator, batch: int, new: int, capture: CaptureSpec | None, draw: dict) -> float:
+def decode_rate(
+    generator: PagedGenerator, batch: int, new: int, capture: CaptureSpec | None, draw: dict, seed: int = 0
+) -> float:
     """Tokens a second of the decode steps of `batch` rows."""
-    sampling_s(generator, batch, 3, capture, draw)  # records the step
-    first = min(sampling_s(generator, batch, 1, capture, draw) for _ in range(2))
-    return batch * (new - 1) / (sampling_s(generator, batch, new, capture, draw) - first)
+    sampling_s(generator, batch, 3, capture, draw, seed)  # records the step
+    first = min(sampling_s(generator, batch, 1, capture, draw, seed) for _ in range(2))
+    return batch * (new - 1) / (sampling_s(generator, batch, new, capture, draw, seed) - first)
 
 
 def copy_bytes_per_s(device: str) -> float:
@@ -210,6 +218,15 @@ def measure(quick: bool) -> list[dict]:
     tokens, rate = longest_context(generator, 16, 16)
     add("longest_context_tokens/b16", tokens, "tokens")
     add("decode_longest_context_tokens_per_s/b16", rate, "tokens/s")
+    del generator
+    to_fp8(model, runner)
+    for batch in BATCHES[2:] if quick else BATCHES:
+        torch.cuda.empty_cache()
+        generator = PagedGenerator(runner, batch, [], cache_tokens=batch * (PROMPT + NEW + 128))
+        add(f"decode_tokens_per_s/fp8/b{batch}", decode_rate(generator, batch, new, CAPTURE, DRAW), "tokens/s")
+        del generator
+    torch.cuda.empty_cache()
+    add("score_tokens_per_s/fp8", score_rate(PagedGenerator(runner, 16, []), 2 if quick else 6), "tokens/s")
     return rows
 
 
@@ -218,12 +235,23 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="96 new tokens, batches 64 and 256, no peer; writes nothing"
     )
+    parser.add_argument("--dense", action="store_true", help="a dense model in its place: see teacher_dense.py")
+    parser.add_argument("--gpus", type=int, default=1, help="more than one: the model split over them")
     args = parser.parse_args()
-    rows = measure(args.quick)
+    if args.gpus > 1:
+        from benchmarks import teacher_ranks
+
+        rows, what = teacher_ranks.measure(args.gpus, args.quick), f"teacher-{args.gpus}gpu"
+    elif args.dense:
+        from benchmarks import teacher_dense
+
+        rows, what = teacher_dense.measure(args.quick), "teacher-dense"
+    else:
+        rows, what = measure(args.quick), "teacher"
     if not args.quick:
         question = (__doc__ or "").splitlines()[0]
         name = torch.cuda.get_device_name()  # "NVIDIA H100 80GB HBM3": the file is named after the second word
-        print(write("teacher", question, rows, device=f"{name.split()[1].lower()}, {name}", commit=commit()))
+        print(write(what, question, rows, device=f"{name.split()[1].lower()}, {name}", commit=commit()))
 
 
 if __name__ == "__main__":

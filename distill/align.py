@@ -90,6 +90,6 @@ class Aligner:
             self.tables, alignment, dists, capture=capture, keep_P=self.keep_P, pairs=self.pairs
         )
 
-    def coverage(self, alignment: Alignment) -> np.ndarray:
+    def coverage(self, alignment: Alignment, kind_N: np.ndarray | None = None) -> np.ndarray:
         """Positions by kind and class of text, see align_report."""
-        return coverage(self.teacher, alignment)
+        return coverage(self.teacher, alignment, kind_N)

@@ -55,15 +55,21 @@ def covered_share(counts: np.ndarray) -> dict[str, float]:
     return {"all": float(covered.sum() / max(total.sum(), 1))} | {name: float(share) for name, share in shares.items()}
 
 
-def coverage_text(counts: np.ndarray) -> str:
-    """A table to print: a row for each class of text, the positions and the share of each kind."""
-    used = [i for i in range(len(CLASSES)) if counts[:, i].sum()]
+def coverage_rows(counts: np.ndarray) -> list[dict]:
+    """The counts as plain values: {"text": class, KIND: positions ..} of each class that occurs, and of "all"."""
+    columns = [(name, counts[:, i]) for i, name in enumerate(CLASSES) if counts[:, i].sum()]
+    columns.append(("all", counts.sum(1)))
+    return [{"text": name} | {KINDS[k]: int(column[k]) for k in KINDS} for name, column in columns]
+
+
+def coverage_text(rows: list[dict]) -> str:
+    """A table to print, of coverage_rows: for each class of text the positions and the share of each kind."""
     lines = ["text      positions  covered  " + "  ".join(f"{name:>12s}" for name in KINDS.values())]
-    for name, column in [*((CLASSES[i], counts[:, i]) for i in used), ("all", counts.sum(1))]:
-        shares = column / max(column.sum(), 1)
-        covered = shares[: COVERED + 1].sum()
-        row = "  ".join(f"{share:12.2%}" for share in shares)
-        lines.append(f"{name:8s} {int(column.sum()):10d}  {covered:7.2%}  {row}")
+    for row in rows:
+        counts = np.array([row[name] for name in KINDS.values()])
+        shares = counts / max(counts.sum(), 1)
+        cells = "  ".join(f"{share:12.2%}" for share in shares)
+        lines.append(f"{row['text']:8s} {counts.sum():10d}  {shares[: COVERED + 1].sum():7.2%}  {cells}")
     return "\n".join(lines)
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distill.align_bytes import ByteTokenizer
+from distill.align_bytes import ByteTokenizer, gather_runs
 from distill.align_markers import match_markers
 from distill.errors import DataError
 from distill.files import replacing
@@ -72,6 +72,10 @@ class PairTables:
     def members_S(self) -> np.ndarray:
         """int32 [S]: all student ids, bucket by bucket, ascending in each."""
         return np.argsort(self.root_S, kind="stable").astype(np.int32)
+
+    def members_of(self, roots_E: np.ndarray) -> np.ndarray:
+        """int32: the student ids of these buckets, one behind the other."""
+        return gather_runs(self.members_S, self.bucket_starts_S[roots_E], self.bucket_sizes_S[roots_E])
 
 
 def load_tables(teacher: ByteTokenizer, student: ByteTokenizer, cache_dir: Path | None = None) -> PairTables:

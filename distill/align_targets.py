@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from distill.align_bytes import gather_runs, run_index
+from distill.align_bytes import run_index
 from distill.align_pairs import PairMask
 from distill.align_spans import COVERED, UNCOVERED, Alignment
 from distill.align_tables import PairTables
@@ -55,6 +55,13 @@ class BucketTargets:
 
     def __len__(self) -> int:
         return len(self.label_N)
+
+    def part(self, start: int, stop: int) -> BucketTargets:
+        """Positions start .. stop - 1."""
+        offsets, rows = self.offsets_N1[start : stop + 1], slice(start, stop)
+        entries = slice(int(offsets[0]), int(offsets[-1]))
+        of_entry = (self.roots_E[entries], self.logq_E[entries])
+        return BucketTargets(offsets - offsets[0], *of_entry, self.tail_N[rows], self.kind_N[rows], self.label_N[rows])
 
 
 @dataclass(frozen=True)
@@ -262,7 +269,7 @@ def pad(targets: BucketTargets, tables: PairTables) -> PaddedTargets:
     width_N = np.bincount(row_E, sizes_E, minlength=len(targets)).astype(np.int64)
     filled_NK = np.arange(int(width_N.max(initial=0))) < width_N[:, None]
     ids_NK, group_NK = np.zeros(filled_NK.shape, np.int64), np.full(filled_NK.shape, -1, np.int64)
-    ids_NK[filled_NK] = gather_runs(tables.members_S, tables.bucket_starts_S[targets.roots_E], sizes_E)
+    ids_NK[filled_NK] = tables.members_of(targets.roots_E)
     group_NK[filled_NK] = np.repeat(group_E, sizes_E)
     label_group_N = np.full(len(targets), -1, np.int64)
     own_E = targets.roots_E == tables.root_S[targets.label_N][row_E]

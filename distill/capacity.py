@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from distill.config import Geometry, Train
+from distill.config_students import Adapter
 from distill.geometry import (
     cache_bytes_per_token,
     forward_flops,
@@ -18,6 +19,7 @@ from distill.geometry import (
     parameters,
     train_flops,
 )
+from distill.state_bytes import element_bytes, state_bytes
 
 GB = 1e9
 
@@ -31,6 +33,7 @@ class Gpu:
     bf16_flops: float
     fp32_flops: float
     hbm_bytes_per_s: float
+    converts_fp8: bool = True
 
     def peak(self, element_bytes: int) -> float:
         return self.fp32_flops if element_bytes == 4 else self.bf16_flops  # FP8 weights: computed in bfloat16
@@ -39,7 +42,7 @@ class Gpu:
 GPUS = {
     "h100": Gpu("h100", 80 * GB, 989e12, 67e12, 3.35e12),
     "h200": Gpu("h200", 141 * GB, 989e12, 67e12, 4.8e12),
-    "a100": Gpu("a100", 80 * GB, 312e12, 19.5e12, 2.04e12),
+    "a100": Gpu("a100", 80 * GB, 312e12, 19.5e12, 2.04e12, converts_fp8=False),
     "l40s": Gpu("l40s", 44 * GB, 362e12, 91.6e12, 0.864e12),
     "b200": Gpu("b200", 180 * GB, 2250e12, 75e12, 8.0e12),
 }
@@ -72,24 +75,24 @@ ASSUMED = (
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
-def train_memory(g: Geometry, train: Train, gpus: int) -> dict[str, float]:
+def train_memory(g: Geometry, train: Train, gpus: int, adapter: Adapter | None = None) -> dict[str, float]:
     """Bytes on each of `gpus` data-parallel GPUs, by what they hold. Never more with more GPUs.
 
-    AdamW in bfloat16 takes 2 weights + 2 gradients + 12 (float32 master, two moments) = 16 bytes a parameter, in
-    float32 4 + 4 + 8 = 16 too; ZeRO divides the optimizer (1), gradients (2) and weights (3) by the number of GPUs.
+    ZeRO divides the optimizer's state (1), gradients (2) and weights (3) by the number of GPUs.
     """
-    count, element = parameters(g).total, element_bytes(train.dtype)
-    optimizer = {2: 12, 4: 8}[element]
+    state, element = state_bytes(g, train, adapter), element_bytes(train.dtype)
+    tokens = -(-train.micro_batch_tokens // train.sequence_parallel)
     share = [gpus if train.zero_stage >= stage else 1 for stage in (3, 2, 1)]
     gathered = 2 * max(layer_parameters(g), g.vocab_size * g.hidden_size) if train.zero_stage == 3 else 0
     return {
-        "weights": count * element / share[0],
-        "gradients": count * element / share[1],
-        "optimizer": count * optimizer / share[2] if train.offload == "none" else 0.0,
-        "activations": activation_bytes(g, train.micro_batch_tokens, train.activation_checkpointing, element),
-        "logits chunk": 4.0 * min(CHUNK_TOKENS, train.micro_batch_tokens) * g.vocab_size,
+        "weights": state.weights / share[0] if train.offload_params == "none" else 0.0,
+        "gradients": state.gradients / share[1],
+        "optimizer": state.optimizer / share[2] if train.offload == "none" else 0.0,
+        "average": state.average / share[2],
+        "activations": activation_bytes(g, tokens, train.activation_checkpointing, element),
+        "logits chunk": 4.0 * min(CHUNK_TOKENS, tokens) * g.vocab_size,
         "gathered layers": float(gathered * element),
-        "workspace": TRAIN_RUNTIME_BYTES + 2 * min(BUCKET_ELEMENTS, count) * element,
+        "workspace": TRAIN_RUNTIME_BYTES + 2 * min(BUCKET_ELEMENTS * element, state.gradients),
     }
 
 
@@ -104,8 +107,9 @@ def activation_bytes(g: Geometry, tokens: int, checkpointing: bool, element: int
     return float(tokens * element * g.hidden_size * g.layers + layer) if checkpointing else float(layer * g.layers)
 
 
-def element_bytes(dtype: str) -> int:
-    return 4 if dtype == "float32" else 2
+def teacher_element(g: Geometry, gpu: Gpu, dtype: str) -> int:
+    """`element` of a teacher: 1 where its routed experts come in FP8 and this GPU keeps them so."""
+    return 1 if g.fp8_experts and gpu.converts_fp8 and dtype != "float32" else element_bytes(dtype)
 
 
 def train_seconds(
@@ -115,7 +119,7 @@ def train_seconds(
 
     MFU counts no recomputation. GPUs for which a batch has no tokens stand idle.
     """
-    busy = min(gpus, max(1, train.batch_tokens // train.micro_batch_tokens))
+    busy = min(gpus, max(1, train.batch_tokens // train.micro_batch_tokens) * train.sequence_parallel)
     mfu = TRAIN_MFU if gpus <= gpus_per_node else TRAIN_MFU_NODES
     flops = tokens * train_flops(g, trace_tokens)
     return flops / (busy * gpu.peak(element_bytes(train.dtype)) * mfu)
@@ -171,8 +175,8 @@ def place(
 ) -> Placement:
     """The fastest placement that fits all `gpus`; if none fits, the one that needs the least memory per GPU.
 
-    element: bytes of a weight, 1 for block-scaled FP8 (embedding, head, norms and routers stay in bfloat16, and so does
-    the cache). ways: (TP, EP) if they are given and not to be chosen.
+    element: bytes of a weight, 1 for routed experts in block-scaled FP8 (all else is bfloat16 then, the cache too).
+    ways: (TP, EP) if they are given and not to be chosen.
     """
     choice = [ways] if ways else _ways(g, gpus, gpus_per_node)
     found = [_placement(g, gpu, gpus, gpus_per_node, load, element, *way) for way in choice]
@@ -211,9 +215,9 @@ def _placement(
 
 def weight_bytes(g: Geometry, element: int, tp: int, ep: int) -> dict[str, float]:
     """Bytes of the weights on one GPU of a copy that is divided like this."""
-    count, matrix = parameters(g), FLOAT8_BYTES if element == 1 else element
-    other = count.cut * matrix / tp + count.low_rank * matrix + count.whole * max(element, 2)
-    return {"experts": count.routed * matrix / ep, "other weights": other}
+    count, expert, rest = parameters(g), FLOAT8_BYTES if element == 1 else element, max(element, 2)
+    other = (count.cut / tp + count.low_rank + count.whole) * rest
+    return {"experts": count.routed * expert / ep, "other weights": other}
 
 
 def _step_seconds(

@@ -120,6 +120,10 @@ class Teacher(Section):
     batch_size: Int = setting(64, "completions in flight on one device, or at url", unit="sequences", ge=1)
     tensor_parallel: Ways = setting(1, "ranks that share attention and dense layers; auto: the plan's", unit="devices")
     expert_parallel: Ways = setting(1, "ranks that share the routed experts; auto: the plan's", unit="devices")
+    speculative: Literal["mtp"] | None = setting(
+        None, "mtp: draw with the checkpoint's multi-token prediction module; the same tokens, sooner",
+        use="Use mtp or null.",
+    )  # fmt: skip
     sampling: Sampling = setting(Sampling(), "how traces are drawn")
     capture: Capture | None = setting(Capture(), "teacher distributions to store with traces; null stores none")
 
@@ -210,10 +214,13 @@ def check_machine(config: Config) -> None:
 
 # What a stage's result does not depend on: moving a run to other hardware must not make its finished stages stale.
 _SPEED_ONLY = {
-    "teacher": {"batch_size", "geometry", "url", "token_env", "tensor_parallel", "expert_parallel"},
+    "teacher": {
+        "batch_size", "geometry", "url", "token_env", "tensor_parallel", "expert_parallel", "speculative",
+    },
     "train": {
-        "micro_batch_tokens", "checkpoint_steps", "keep_checkpoints",
-        "zero_stage", "offload", "activation_checkpointing", "compile",
+        "micro_batch_tokens", "checkpoint_steps", "keep_checkpoints", "keep_best",
+        "zero_stage", "offload", "offload_params", "activation_checkpointing", "compile", "loader_workers",
+        "sequence_parallel", "activation_offload", "mlp_tiles",
     },
     "eval": {"batch_size"},
 }  # fmt: skip

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from distill.checkpoints import check_checkpoint
 from distill.config_load import Loc, Origin, Problem, summary
+from distill.config_optimizer import missing_for_optimizer, optimizer_problems
 from distill.errors import CapacityError, ConfigError, DistillError, ModelError, ServiceError
 from distill.split import expert_problems, tensor_problems, ways_problems
 
@@ -34,13 +35,15 @@ def cross_check(config: Config, origin: Origin) -> list[Problem]:
         _tokens,
         _sampling,
         _students,
-        _training,
+        optimizer_problems,
+        _sequence,
         _evaluation,
         _publishing,
         _service,
         _hardware,
         _geometries,
         _sharding,
+        _speculation,
     )
     return [problem for check in checks for problem in check(config, origin)]
 
@@ -89,6 +92,14 @@ def _students(config: Config, origin: Origin) -> Iterator[Problem]:
         if student.loss.kind == "logits" and student.loss.alpha == 0:
             must = "with kind logits it must be > 0. Use 0.9, or kind: response to learn from the text alone."
             yield _problem(origin, alpha, student.loss.alpha, must, ("students", i, "loss", "kind"))
+        if student.loss.target == "sampling":
+            at, temperature = ("students", i, "loss", "target"), config.teacher.sampling.temperature
+            if student.loss.kind == "response":
+                must = "with kind response the text alone is learned. Leave it out, or use kind: logits."
+                yield _problem(origin, at, "'sampling'", must, ("students", i, "loss", "kind"))
+            elif temperature > 1:
+                must = "traces drawn hotter than 1 have a law that no stored part tells. Use target: teacher."
+                yield _problem(origin, at, "'sampling'", must, ("teacher", "sampling", "temperature"))
         if not _mixes(student.loss.divergence, student.loss.beta):
             must = f"with {student.loss.divergence} the loss would be 0 for every student or infinite. Use 0.5."
             yield _problem(origin, ("students", i, "loss", "beta"), student.loss.beta, must)
@@ -102,11 +113,15 @@ def _mixes(divergence: str, beta: float) -> bool:
     return {"jsd": 0 < beta < 1, "skew_kl": beta < 1}.get(divergence, True)
 
 
-def _training(config: Config, origin: Origin) -> Iterator[Problem]:
-    need = {"none": 0, "cpu": 1, "nvme": 3}[config.train.offload]
-    if config.train.zero_stage < need:
-        must = f"it must be >= {need} with train.offload {config.train.offload}. Raise it, or use offload: none."
-        yield _problem(origin, ("train", "zero_stage"), config.train.zero_stage, must, ("train", "offload"))
+def _sequence(config: Config, origin: Origin) -> Iterator[Problem]:
+    own, gpus, ranks = ("train", "sequence_parallel"), ("hardware", "gpus"), config.train.sequence_parallel
+    if config.hardware.gpus % ranks:
+        must = f"it must divide hardware.gpus, {config.hardware.gpus}. Use a divisor of it, or 1."
+        yield _problem(origin, own, ranks, must, gpus)
+    for i, student in enumerate(config.students):
+        if student.geometry is not None and student.geometry.heads % ranks:
+            must = f"it must divide the {student.geometry.heads} attention heads of student {student.name}. Lower it."
+            yield _problem(origin, own, ranks, must, ("students", i, "geometry", "heads"))
 
 
 def _evaluation(config: Config, origin: Origin) -> Iterator[Problem]:
@@ -211,6 +226,21 @@ def _sharding(config: Config, origin: Origin) -> Iterator[Problem]:
             yield _problem(origin, loc, ways[loc], f"{problem}.")
 
 
+def _speculation(config: Config, origin: Origin) -> Iterator[Problem]:
+    teacher, loc = config.teacher, ("teacher", "speculative")
+    if teacher.speculative is None:
+        return
+    if teacher.url is not None:
+        must = "teacher.url is set, and its service draws as it was started to. Leave it out here."
+        yield _problem(origin, loc, teacher.speculative, must, ("teacher", "url"))
+    elif (teacher.tensor_parallel, teacher.expert_parallel) != (1, 1):
+        must = "it needs a whole model on each device: teacher.tensor_parallel and teacher.expert_parallel of 1."
+        yield _problem(origin, loc, teacher.speculative, must, ("teacher", "tensor_parallel"))
+    elif teacher.geometry is not None and teacher.geometry.family != "deepseek_v3":
+        must = "only family deepseek_v3 has the module. Set it to null."
+        yield _problem(origin, loc, teacher.speculative, must, ("teacher", "geometry", "family"))
+
+
 def _cuts(config: Config, sizes: Mapping[str, object]) -> Iterator[tuple[Loc, str]]:
     """The setting and the problem wherever a teacher of these sizes cannot be split as the config says."""
     for name, problems in (("tensor_parallel", tensor_problems), ("expert_parallel", expert_problems)):
@@ -241,7 +271,7 @@ def check_machine(config: Config, environment: Mapping[str, str] = os.environ) -
     Takes seconds at most: nothing is downloaded and no weight is read.
     """
     found = [*_gpu_errors(config), *_checkpoint_errors(config, environment), *_token_errors(config, environment)]
-    found += _split_errors(config)
+    found += [*_split_errors(config), *missing_for_optimizer(config)]
     if len(found) == 1:
         raise found[0]
     if found:

@@ -27,3 +27,4 @@ class Geometry(Section):
     qk_rope_head_dim: Int | None = setting(None, "rotary part of a key head", ge=1)
     qk_nope_head_dim: Int | None = setting(None, "part of a key head without position", ge=1)
     v_head_dim: Int | None = setting(None, "width of a value head", ge=1)
+    fp8_experts: bool = setting(False, "routed experts are stored in block-scaled FP8, as R1's are")

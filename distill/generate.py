@@ -95,6 +95,9 @@ class Generator:
                     yield from loop.log.flush()
             yield from loop.log.flush()
 
+    def release(self) -> None:
+        """Gives back the memory that is kept from one call to the next: none here."""
+
     @contextmanager
     def rows(self) -> "Iterator[RowLoop]":
         """The loop itself, with no row in it, for whoever feeds it between steps. One at a time."""

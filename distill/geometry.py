@@ -162,6 +162,7 @@ def read_geometry(folder: str | Path, setting: str) -> Geometry:
         sizes = {ours: found[theirs] for ours, theirs in names.items() if found.get(theirs) is not None}
         if family == "deepseek_v3":
             sizes.pop("head_dim", None)  # its rotary part, not a head
+            sizes["fp8_experts"] = (found.get("quantization_config") or {}).get("quant_method") == "fp8"
         return Geometry.model_validate({"family": family, **sizes})
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path} cannot be read: {error}", remedy="Copy it again from the model's page.") from error

@@ -1,4 +1,7 @@
-"""Every metric that may be logged: its name, unit and meaning. One place, so that a name means the same everywhere."""
+"""Every metric that may be logged: its name, unit and meaning. One place, so that a name means the same everywhere.
+
+A name that ends with /* stands for one metric a set of examples, by the set's name.
+"""
 
 from typing import NamedTuple
 
@@ -25,19 +28,29 @@ METRICS: dict[str, Metric] = {
     "logits/mean_support": Metric("tokens", "mean number of stored tokens of a position"),
     "logits/bytes_per_token": Metric("bytes/token", "size of the teacher cache over its positions"),
     "train/loss": Metric("nats/token", "what is minimised: alpha T^2 divergence + (1 - alpha) cross-entropy"),
+    "train/loss/*": Metric("nats/token", "the loss per token of one set of a mixture: traces, general, ..."),
+    "train/loss_z": Metric("deviations", "robust z-score of the loss among the steps before: spikes stand out"),
     "train/ce": Metric("nats/token", "cross-entropy on the sampled token"),
-    "train/kl": Metric("nats/token", "divergence from the teacher on K+1 outcomes"),
+    "train/kd": Metric("nats/token", "the divergence as trained, temperature and its square included"),
+    "train/kl": Metric("nats/token", "forward KL from the teacher on K+1 outcomes at temperature 1"),
     "train/entropy": Metric("nats/token", "entropy of the student's distribution"),
     "train/top1": Metric("share", "positions whose most likely token is the target's"),
     "train/support_mass": Metric("probability", "student mass on the teacher's stored support"),
+    "train/student_tail": Metric("probability", "student mass outside the teacher's stored support"),
     "train/tail": Metric("probability", "teacher mass outside the stored support"),
-    "train/teacher_share": Metric("share", "trained positions that have a teacher distribution"),
+    "train/teacher_share": Metric("share", "trained positions that have a distribution, the teacher's or the base's"),
     "train/lr": Metric("1/step", "learning rate"),
     "train/grad_norm": Metric("nats/weight", "gradient norm before clipping, over all ranks"),
     "train/epoch": Metric("epochs", "passes over the traces so far"),
     "train/tokens": Metric("tokens", "tokens that bore loss so far, all ranks"),
     "train/tokens_per_s": Metric("tokens/s", "tokens processed per second, padding excluded, all ranks"),
     "train/step_s": Metric("s", "wall time of an optimizer step"),
+    "train/data_wait_s": Metric("s", "of it, waiting for micro-batches on rank 0"),
+    "train/packing_efficiency": Metric("share", "tokens of the step over the room of its rows"),
+    "train/eval_loss": Metric("nats/token", "the loss on held-out traces"),
+    "train/eval_ce": Metric("nats/token", "cross-entropy on held-out traces"),
+    "train/eval_kl": Metric("nats/token", "forward KL from the teacher on held-out traces"),
+    "train/eval_top1": Metric("share", "train/top1 on held-out traces"),
     "train/mfu": Metric("share", "model FLOPs over the peak of the devices"),
     "train/memory_gib": Metric("GiB", "peak device memory of rank 0"),
     "eval/pass_at_1": Metric("share", "mean over prompts of the share of correct samples"),
@@ -56,3 +69,8 @@ METRICS: dict[str, Metric] = {
     "stage/device_s": Metric("s", "wall time of a stage times its devices"),
     "stage/cost": Metric("currency", "device hours times the price given in the config"),
 }
+
+
+def known(name: str) -> bool:
+    """Whether METRICS lists this name, or its group."""
+    return name in METRICS or f"{name.rpartition('/')[0]}/*" in METRICS

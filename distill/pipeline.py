@@ -9,10 +9,12 @@ something is missing and freed before the next stage.
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+
+from torch import Tensor
 
 from distill import dist, files, prompts, publish, traceset
 from distill.checkpoints import fingerprint_checkpoint, resolve_checkpoint
@@ -28,15 +30,18 @@ from distill.evals.suite import Entrant, Opened, Suite, run_suite
 from distill.evals.table import render_table
 from distill.grade import Grader
 from distill.model_card import Made
-from distill.plan import teacher_split
-from distill.records import CaptureSpec, SamplingParams
+from distill.plan import student_split, teacher_split
+from distill.records import CaptureSpec, Prompt, SamplingParams
+from distill.split import Split
 from distill.store import RunFolder, StageFolder
 from distill.tokens import fingerprint, load_tokenizer
 from distill.tracking import Tracker
 from students.model import load_student, train_dtype
+from students.prepare import run_of
 from students.rollout import Rollout
 from students.train import MODEL, train_student
 from teachers.engine import TeacherEngine
+from teachers.runners import paged_loop
 from teachers.traces import TracesStage, summary
 
 RETENTION_PER_KIND = 60
@@ -114,14 +119,15 @@ class Pipeline:
         traces, logits = self.folder.stage("traces"), self.folder.stage("logits")
         opened = []
         for student in self.config.students:
-            inputs = {name: self._input(name) for name in ("traces", "logits")}
+            inputs = {name: self._input(name) for name in ("traces", "logits")} | self._mixed_in(student)
             inputs["base"] = fingerprint_checkpoint(student.path)
             opened.append((student, self._open("train", inputs, part=student.name)))
         todo = [(student, stage) for student, stage in opened if not self._skip(stage)]
         read = [traces, logits] if any(student.loss.kind == "logits" for student, _ in todo) else [traces]
         self._verify(read if todo else [])
+        asked = self._asked() if todo and self.config.train.general else []
         for student, stage in todo:
-            counts = dict(train_student(self.config, student, traces, logits, stage, self.ranks, self.tracker))
+            counts = dict(train_student(self.config, student, traces, logits, stage, self.ranks, self.tracker, asked))
             wall_s = counts.pop("wall_s")
             prints = self.ranks.on_main(lambda stage=stage: {"model": fingerprint_checkpoint(stage.path / MODEL)})
             stage.finish(counts, fingerprints=prints, wall_s=wall_s, device_s=wall_s * self.ranks.world)
@@ -154,6 +160,17 @@ class Pipeline:
                 self.ranks.print(f"  {what:8s} {self.folder.path / path}")
         if self.tracker.url:
             self.ranks.print(f"  {'W&B':8s} {self.tracker.url}")
+
+    def _mixed_in(self, student: Student) -> dict[str, str]:
+        """What else a student is trained on: hashes of other runs' stages and of files of general data."""
+        train = self.config.train
+        stages = ("traces", "logits") if student.loss.kind == "logits" else ("traces",)
+        hashes = {f"{s.name}/{name}": run_of(s).stage(name).manifest_hash for s in train.trace_sets for name in stages}
+        return hashes | (prompts.file_hashes(train.general.sources) if train.general else {})
+
+    def _asked(self) -> list[Prompt]:
+        """All that the evaluation asks of students."""
+        return [*prompts.load_prompts(self.folder.stage("prompts"), "eval"), *general_prompts(RETENTION_PER_KIND)]
 
     def _suite(self) -> Suite:
         settings, capture = self.config.eval, self.config.teacher.capture
@@ -229,6 +246,7 @@ class Pipeline:
                         device=self.ranks.device,
                         batch_size=settings.batch_size,
                         split=self.split,
+                        speculative=settings.speculative,
                     )
                 )
                 if self.split.size > 1:
@@ -247,9 +265,32 @@ class Pipeline:
     @contextmanager
     def _student(self, path: str) -> Iterator[Opened]:
         dtype = train_dtype(self.config.train.dtype, self.ranks.device)
+        if self.ranks.device.type == "cuda":
+            name, place = str(dtype).removeprefix("torch."), (self.ranks.rank, self.ranks.world)
+            split = student_split(self.config, resolve_checkpoint(path), name, *place)
+            if split.size > 1:
+                yield from self._cut_student(path, name, split)
+                return
         model, tokenizer = load_student(path, dtype, packed=False)
-        rollout = Rollout(model, tokenizer, self.ranks.device, self.config.eval.batch_size)
-        yield Opened(rollout, dense_scorer(model))
+        rollout = Rollout(model, tokenizer, self.ranks.device, self.config.eval.batch_size, faster=paged_loop)
+
+        def score(sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Iterator[Tensor]:
+            rollout.release()  # its pages fill the GPU
+            yield from dense_scorer(model)(sequences)
+
+        yield Opened(rollout, score)
+
+    def _cut_student(self, path: str, dtype: str, split: Split) -> Iterator[Opened]:
+        """A student that ranks hold together: one GPU has no room for it, or is slower."""
+        rows, device = self.config.eval.batch_size, self.ranks.device
+        engine = TeacherEngine(path, dtype=dtype, device=device, batch_size=rows, split=split)
+
+        def score(sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Iterator[Tensor]:
+            engine.release()
+            yield from dense_scorer(engine.model)(sequences)
+
+        yield Opened(engine, score, split)
+        engine.close()  # not after an error: ranks that share a model close it together
 
     def _report(self, stage: StageFolder) -> None:
         report = write_report(self.folder.path, self.config.model_dump(mode="json"))

@@ -15,35 +15,35 @@ from distill.capacity import (
     Gpu,
     Load,
     Placement,
-    element_bytes,
     place,
     score_seconds,
+    teacher_element,
     train_memory,
     train_seconds,
 )
 from distill.config import Config, Geometry, Source, Student
 from distill.errors import ConfigError
-from distill.geometry import forward_flops, is_mla, parameters, read_geometry, train_flops
+from distill.geometry import forward_flops, parameters, read_geometry, train_flops
 from distill.plan_advice import Machine, cannot_sample, cannot_train
 from distill.plan_text import render
 from distill.split import Split
+from distill.state_bytes import element_bytes, state_bytes
 
 MEAN_SHARE = 0.25
 PROMPT_TOKENS = 200
 TRACE_BYTES = 8
 ENTRY_BYTES = 2.5
 POSITION_BYTES = 12
-CHECKPOINT_BYTES = 14
 
 LENGTHS_ASSUMED = (
     f"a completion takes {MEAN_SHARE:.0%} of its token budget on average, a prompt {PROMPT_TOKENS} tokens "
     "(not measured)",
     "every sampled trace is kept and trained on: verification only makes training shorter",
     f"a token takes {TRACE_BYTES} bytes in a trace, a stored position {POSITION_BYTES} bytes and {ENTRY_BYTES} for "
-    f"each of at most k_max entries, a checkpoint {CHECKPOINT_BYTES} bytes a parameter",
+    "each of at most k_max entries; a checkpoint is what is trained and its optimizer's state",
     "loading of models, grading and the tail of a stage, when few sequences are left, are not counted",
-    "float8 is for an engine that keeps FP8 weights as the checkpoint has them and computes in bfloat16; one that "
-    "widens them as it loads needs the memory of bfloat16",
+    "routed experts that are stored in FP8 stay in it on H100, H200, L40S and B200, and are widened as they are loaded "
+    "on A100; products are computed in bfloat16",
 )
 
 
@@ -151,10 +151,22 @@ def teacher_split(config: Config, rank: int, world: int) -> Split:
         return Split(rank=rank, world=world)
     if teacher.tensor_parallel != "auto":
         return Split(teacher.tensor_parallel, teacher.expert_parallel, rank, world)
-    new, geometry = teacher.sampling.max_new_tokens, teacher.geometry or read_geometry(teacher.path, "teacher.path")
-    load = Load(PROMPT_TOKENS, MEAN_SHARE * new, new, teacher.batch_size, teacher.batch_size * world)
-    node = config.hardware.gpus_per_node
-    placement = place(geometry, GPUS[config.hardware.gpu], world, node, load, element_bytes(teacher.dtype))
+    geometry = teacher.geometry or read_geometry(teacher.path, "teacher.path")
+    element = teacher_element(geometry, GPUS[config.hardware.gpu], teacher.dtype)
+    return _fastest(config, geometry, element, teacher.sampling.max_new_tokens, teacher.batch_size, rank, world)
+
+
+def student_split(config: Config, folder: str | Path, dtype: str, rank: int, world: int) -> Split:
+    """The place of this rank of a run of `world` GPUs in a base or student that is evaluated, as the plan has it."""
+    geometry = read_geometry(folder, "students.path")
+    settings = config.eval
+    return _fastest(config, geometry, element_bytes(dtype), settings.max_new_tokens, settings.batch_size, rank, world)
+
+
+def _fastest(config: Config, geometry: Geometry, element: int, new: int, batch: int, rank: int, world: int) -> Split:
+    gpu, node = GPUS[config.hardware.gpu], config.hardware.gpus_per_node
+    load = Load(PROMPT_TOKENS, MEAN_SHARE * new, new, batch, batch * world)
+    placement = place(geometry, gpu, world, node, load, element)
     return Split(placement.tensor_parallel, placement.expert_parallel, rank, world)
 
 
@@ -213,13 +225,15 @@ class _Planner:
         yield self.sampling_row("traces", "teacher", self.teacher_geometry(), 0.0, load, teacher.dtype)
 
     def teacher_rows(self) -> Iterator[TeacherRow]:
-        """The traces stage by the dtype of the teacher's weights; FP8 for the family whose checkpoints come in it."""
+        """The traces stage by the dtype of the teacher's weights; FP8 where checkpoint and GPU have it."""
         teacher, price = self.config.teacher, self.config.hardware.price_per_device_hour
         if teacher.url:
             return
         g, load = self.teacher_geometry(), self.trace_load
         dtypes = {"float32" if teacher.dtype == "float32" else "bfloat16": element_bytes(teacher.dtype)}
-        for name, element in (dtypes | ({"float8": 1} if is_mla(g) else {})).items():
+        for name, element in (
+            dtypes | ({"float8 experts": 1} if teacher_element(g, self.gpu, teacher.dtype) == 1 else {})
+        ).items():
             placement = self.place(g, load, element, self.teacher_ways)
             hours = self.sampling_seconds(g, placement, load, 0.0, element) / 3600 if placement.fits else None
             gpu_hours = hours * self.gpus if placement.fits else None
@@ -248,7 +262,7 @@ class _Planner:
             yield self.sampling_row("eval", student.name, geometry, scored, load, config.train.dtype)
 
     def sampling_row(self, stage: str, model: str, g: Geometry, scored: float, load: Load, dtype: str) -> Row:
-        element, ways = element_bytes(dtype), self.teacher_ways if model == "teacher" else None
+        element, ways = teacher_element(g, self.gpu, dtype), self.teacher_ways if model == "teacher" else None
         placement = self.place(g, load, element, ways)
         tokens = load.samples * (load.mean_new_tokens + load.prompt_tokens) + scored
         flops = tokens * forward_flops(g, (load.prompt_tokens + load.mean_new_tokens) / 2)
@@ -270,18 +284,20 @@ class _Planner:
     def train_row(self, student: Student, g: Geometry) -> Row:
         train, new = self.config.train, self.config.teacher.sampling.max_new_tokens
         tokens = self.traces * (PROMPT_TOKENS + MEAN_SHARE * new) * train.epochs
-        memory = train_memory(g, train, self.gpus)
+        memory = train_memory(g, train, self.gpus, student.adapter)
         fits = sum(memory.values()) <= self.gpu.memory_bytes
         if not fits:
-            self.problems.append(cannot_train(self.machine, student.name, g, train, sum(memory.values())))
-        rows = train.batch_tokens // train.micro_batch_tokens
+            self.problems.append(cannot_train(self.machine, student, g, train, sum(memory.values())))
+        rows = train.batch_tokens // train.micro_batch_tokens * train.sequence_parallel
         if rows < self.gpus:
-            fed = f"train.batch_tokens feeds {rows} GPUs with {train.micro_batch_tokens} tokens each"
+            each = train.micro_batch_tokens // train.sequence_parallel
+            fed = f"train.batch_tokens feeds {rows} GPUs with {each} tokens each"
             self.notes.append(f"{fed}; {self.gpus - rows} stand idle in training.")
         length = tokens / (self.traces * train.epochs)  # traces of a packed row do not attend to one another
         seconds = train_seconds(g, train, tokens, length, self.gpus, self.node, self.gpu)
         flops = tokens * train_flops(g, length)
         layout = f"ZeRO-{train.zero_stage}" + (f", {train.offload} offload" if train.offload != "none" else "")
+        layout += f", {student.adapter.kind}" if student.adapter is not None else ""
         return self.row("train", student.name, g, tokens, flops, seconds, memory, fits, layout)
 
     def row(
@@ -299,11 +315,13 @@ class _Planner:
         """Bytes in the run folder, at most, by what they hold."""
         teacher, train = self.config.teacher, self.config.train
         tokens = self.samples * MEAN_SHARE * teacher.sampling.max_new_tokens
-        counts = [parameters(self.student_geometry(i)).total for i in range(len(self.config.students))]
+        students = [(self.student_geometry(i), student.adapter) for i, student in enumerate(self.config.students)]
+        counts = [parameters(g).total for g, _ in students]
+        checkpoints = sum(state_bytes(g, train, adapter).checkpoint for g, adapter in students)
         disk = {"2-traces": tokens * TRACE_BYTES}
         if teacher.capture is not None:
             disk["3-logits"] = tokens * (POSITION_BYTES + ENTRY_BYTES * teacher.capture.k_max)
-        disk["4-student"] = sum(counts) * (CHECKPOINT_BYTES * train.keep_checkpoints + element_bytes(train.dtype))
+        disk["4-student"] = checkpoints * train.keep_checkpoints + sum(counts) * element_bytes(train.dtype)
         if self.config.publish.student is not None:
             disk["6-publish"] = float(max(counts) * element_bytes(train.dtype))
         return disk

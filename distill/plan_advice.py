@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from distill.capacity import GB, GPUS, Gpu, Load, Placement, place, train_memory
-from distill.config import Geometry, Train
+from distill.config import Geometry, Student, Train
 
 MOST_GPUS = 1024
 
@@ -50,14 +50,15 @@ def cannot_sample(
     return f"{machine.lacks(model, 'sampling', best.memory_bytes, best.layout)}. {remedy}"
 
 
-def cannot_train(machine: Machine, student: str, g: Geometry, train: Train, need_bytes: float) -> str:
+def cannot_train(machine: Machine, student: Student, g: Geometry, train: Train, need_bytes: float) -> str:
     """The sentence for a student that cannot be trained with these settings."""
 
     def fits(gpu: Gpu, gpus: int, changes: dict[str, object]) -> bool:
-        return sum(train_memory(g, train.model_copy(update=changes), gpus).values()) <= gpu.memory_bytes
+        memory = train_memory(g, train.model_copy(update=changes), gpus, student.adapter)
+        return sum(memory.values()) <= gpu.memory_bytes
 
-    here, frugal = machine.gpu, {"zero_stage": 3, "activation_checkpointing": True}
-    ways = [_settings(train, c) for c in _changes(train) if fits(here, machine.gpus, c)][:2]
+    here, frugal = machine.gpu, _frugal(student)
+    ways = [_settings(train, c) for c in _changes(train, student) if fits(here, machine.gpus, c)][:2]
     ways += [f"{n} GPUs" for n in machine.larger_counts() if fits(here, n, {})][:1]
     ways += [f"{machine.gpus} x {kind.name}" for kind in machine.larger_kinds() if fits(kind, machine.gpus, {})][:1]
     if not ways:
@@ -67,13 +68,13 @@ def cannot_train(machine: Machine, student: str, g: Geometry, train: Train, need
         kinds = [kind for kind in machine.larger_kinds() if fits(kind, machine.gpus, frugal)][:1]
         ways += [f"{machine.gpus} x {kind.name} with {_settings(train, frugal)}" for kind in kinds]
     remedy = f"Use {' or '.join(ways)}." if ways else "Lower train.max_seq_tokens and train.micro_batch_tokens."
-    return f"{machine.lacks(student, 'training', need_bytes, f'ZeRO-{train.zero_stage}')}. {remedy}"
+    return f"{machine.lacks(student.name, 'training', need_bytes, f'ZeRO-{train.zero_stage}')}. {remedy}"
 
 
-def _changes(train: Train) -> Iterator[dict[str, object]]:
-    """Settings to try, from those that cost least speed to those that cost most."""
-    stages = range(train.zero_stage + 1, 4)
-    frugal = {"zero_stage": 3, "activation_checkpointing": True}
+def _changes(train: Train, student: Student) -> Iterator[dict[str, object]]:
+    """Settings to try, from those that cost least speed to those that cost most, then those that round the state."""
+    frugal = _frugal(student)
+    stages = range(train.zero_stage + 1, frugal["zero_stage"] + 1)
     yield from ({"zero_stage": stage} for stage in stages)
     if not train.activation_checkpointing:
         yield {"activation_checkpointing": True}
@@ -81,8 +82,17 @@ def _changes(train: Train) -> Iterator[dict[str, object]]:
     if train.max_seq_tokens < train.micro_batch_tokens:
         yield {"micro_batch_tokens": train.max_seq_tokens}
         yield {"micro_batch_tokens": train.max_seq_tokens, **frugal}
-    if train.offload == "none":
+    if train.offload == "none" and train.optimizer == "adamw" and train.master_weights == "float32":
         yield {**frugal, "offload": "cpu"}
+        yield {"activation_checkpointing": True, "optimizer": "adamw8bit"}
+        if train.dtype != "float32":
+            yield {"activation_checkpointing": True, "optimizer": "adamw8bit", "master_weights": "none"}
+
+
+def _frugal(student: Student) -> dict[str, int | bool]:
+    """What divides and recomputes most; ZeRO-3 cannot divide weights of 4 bits."""
+    narrow = student.adapter is not None and student.adapter.kind == "qlora"
+    return {"zero_stage": 2 if narrow else 3, "activation_checkpointing": True}
 
 
 def _settings(train: Train, changes: dict[str, object]) -> str:

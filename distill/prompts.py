@@ -136,8 +136,14 @@ def _batches(source: Any, side: str) -> Iterator[tuple[Iterable[Prompt], int | N
                 wanted = count // levels + (position < count % levels)
                 yield _generate(family, level, source.seed, wanted), wanted
     else:
-        rows = _jsonl_rows(source) if source.kind == "jsonl" else _hf_rows(source)
-        yield (_prompt(source, row, where) for where, row in islice(rows, getattr(source, "limit", None))), None
+        rows = source_rows(source, [source.prompt_field, source.answer_field])
+        yield (_prompt(source, row, where) for where, row in rows), None
+
+
+def source_rows(source: Any, columns: list[str]) -> Iterator[tuple[str, dict]]:
+    """(where it stands, the row) of each row of a jsonl or hf source, up to its limit; of a dataset these columns."""
+    rows = _jsonl_rows(source) if source.kind == "jsonl" else _hf_rows(source, columns)
+    return islice(rows, getattr(source, "limit", None))
 
 
 def _families(source: Any) -> dict[str, int]:
@@ -170,12 +176,11 @@ def _jsonl_rows(source: Any) -> Iterator[tuple[str, dict]]:
             yield where, row
 
 
-def _hf_rows(source: Any) -> Iterator[tuple[str, dict]]:
+def _hf_rows(source: Any, columns: list[str]) -> Iterator[tuple[str, dict]]:
     table = _hf_table(source)
-    columns = [source.prompt_field, source.answer_field]
     if missing := [name for name in columns if name not in table.column_names]:
         what = f"has no column {', '.join(missing)}; it has {', '.join(table.column_names)}"
-        raise DataError(what, where=f"{source.path} split {source.split}", remedy="Set prompt_field and answer_field.")
+        raise DataError(what, where=f"{source.path} split {source.split}", remedy="Name its columns in the source.")
     for number, row in enumerate(table.select_columns(columns)):
         yield f"{source.path} split {source.split} row {number}", row
 
@@ -265,9 +270,13 @@ def source_hashes(prompts: Any) -> dict[str, str]:
 
     DataError if one is not there. Generated and Hub prompts are fixed by the config alone.
     """
-    sources = [*prompts.train, *prompts.eval]
+    return file_hashes([*prompts.train, *prompts.eval])
+
+
+def file_hashes(sources: Sequence[Any]) -> dict[str, str]:
+    """source_hashes of a list of sources."""
     hashes, lines = {}, {str(source.path) for source in sources if source.kind == "jsonl"}
-    for path in sorted({str(source.path) for source in sources if source.kind != "reasoning_gym"}):
+    for path in sorted({str(source.path) for source in sources if source.kind in ("jsonl", "hf")}):
         local = Path(path)
         if local.is_file():
             hashes[path] = files.file_sha256(local)

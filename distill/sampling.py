@@ -43,6 +43,24 @@ def uniform(seeds_A: np.ndarray, positions_A: np.ndarray) -> np.ndarray:
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def _splitmix64_of(z_A: Tensor) -> Tensor:
+    """_splitmix64 on int64 tensors, whose products wrap around as those of uint64 do."""
+    shifted = lambda bits: (z_A >> bits) & ((1 << (64 - bits)) - 1)  # noqa: E731
+    z_A = (z_A ^ shifted(30)) * _signed(0xBF58476D1CE4E5B9)
+    z_A = (z_A ^ shifted(27)) * _signed(0x94D049BB133111EB)
+    return z_A ^ shifted(31)
+
+
+def _signed(constant: int) -> int:
+    return constant - (1 << 64) if constant >> 63 else constant
+
+
+def uniform_of(seeds_A: Tensor, positions_A: Tensor) -> Tensor:
+    """`uniform` of int64 tensors, on their device and without waiting for it: the same numbers."""
+    bits_A = _splitmix64_of(_splitmix64_of(seeds_A) + (positions_A + 1) * _signed(int(GOLDEN)))
+    return ((bits_A >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
+
+
 def top_candidates(logits_AV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest logits of each row and their ids, both [A, K], largest first; K = min(k, V).
 
@@ -239,7 +257,9 @@ def capture_support(step: StepLogits, sampled_A: Tensor, spec: CaptureSpec, unif
     return draw_tail(step, support, spec.tail_draws, uniform_A) if spec.tail_draws else support
 
 
-def draw_tail(step: StepLogits, support: Support, draws: int, uniform_A: Tensor | None = None) -> Support:
+def draw_tail(
+    step: StepLogits, support: Support, draws: int, uniform_A: Tensor | None = None, draws_A: Tensor | None = None
+) -> Support:
     """The support with `draws` tokens drawn from its tail, which then holds no mass: an unbiased estimate.
 
     A token of probability p outside the support is drawn c times at the points (u + i) / draws of the tail's cumulative
@@ -247,26 +267,31 @@ def draw_tail(step: StepLogits, support: Support, draws: int, uniform_A: Tensor 
     expected gradient of the forward KL to the student's logits, p_student - t, that of the dense loss. Systematic
     sampling (Madow 1949) in the place of the independent draws of Sparse Logit Sampling (Anshumann et al. 2025): no
     more variance, and the likely tokens stay exact. Without uniform_A, u is a hash of the row's logsumexp and support.
+
+    draws_A: as many draws for each row, at most `draws`; a row of 0 keeps its tail. Never waits for a GPU.
     """
     width = support.ids_AK.shape[1]
     stored_AK = torch.arange(width, device=support.ids_AK.device) < support.count_A.unsqueeze(1)
     ids_AK = torch.where(stored_AK, support.ids_AK, support.ids_AK[:, :1]).long()
     if uniform_A is None:
-        bits_A = support.logsumexp_A.double().cpu().numpy().view(np.uint64)
-        uniform_A = torch.from_numpy(uniform(bits_A, (ids_AK * stored_AK).sum(1).cpu().numpy())).to(ids_AK.device)
+        uniform_A = uniform_of(support.logsumexp_A.double().view(torch.int64), (ids_AK * stored_AK).sum(1))
+    draws_A = torch.full_like(support.count_A, draws) if draws_A is None else draws_A
     ends_AV = step.weights(1.0).scatter(1, ids_AK, 0.0).double().cumsum(-1)
-    points_AN = (uniform_A.unsqueeze(1) + torch.arange(draws, device=ids_AK.device)) / draws * ends_AV[:, -1:]
+    draw_N = torch.arange(draws, device=ids_AK.device)
+    each_A1 = draws_A.clamp(min=1).unsqueeze(1)
+    points_AN = (uniform_A.unsqueeze(1) + draw_N) / each_A1 * ends_AV[:, -1:]
     drawn_AN = torch.searchsorted(ends_AV, points_AN, right=True).clamp_(max=ends_AV.shape[1] - 1)
+    is_draw_AN = (draw_N < draws_A.unsqueeze(1)) & (ends_AV[:, -1:] > 0)
     first_AN = F.pad(drawn_AN[:, 1:] != drawn_AN[:, :-1], (1, 0), value=True)
     group_AN = first_AN.cumsum(1) - 1
-    times_AN = torch.zeros_like(points_AN).scatter_add_(1, group_AN, torch.ones_like(points_AN)).gather(1, group_AN)
-    masses_AN = times_AN * (support.tail_A.double() / draws).unsqueeze(1)
-    new_AN = torch.where(first_AN & (ends_AV[:, -1:] > 0), masses_AN.log(), -math.inf).float()
+    times_AN = torch.zeros_like(points_AN).scatter_add_(1, group_AN, is_draw_AN.double()).gather(1, group_AN)
+    masses_AN = times_AN * (support.tail_A.double().unsqueeze(1) / each_A1)
+    new_AN = torch.where(first_AN & is_draw_AN, masses_AN.log(), -math.inf).float()
     logprobs_AK = torch.where(stored_AK, support.logprobs_AK, -math.inf)
     logprobs_AK, order_AK = torch.cat([logprobs_AK, new_AN], 1).sort(dim=1, descending=True, stable=True)
     ids_AK = torch.cat([support.ids_AK, drawn_AN.int()], 1).gather(1, order_AK)
     count_A = (logprobs_AK > -math.inf).sum(1).int()
-    tail_A = torch.where(ends_AV[:, -1] > 0, 0.0, support.tail_A)
+    tail_A = torch.where(is_draw_AN[:, 0], 0.0, support.tail_A)
     return Support(ids_AK, logprobs_AK, count_A, tail_A, support.logsumexp_A)
 
 

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from distill.config import Config
 from distill.errors import ServiceError, StoreError
-from distill.metrics import METRICS
+from distill.metrics import METRICS, known
 from distill.redact import redact, redact_text
 
 
@@ -65,7 +65,7 @@ class Tracker:
         a resumed run overwrites nothing. Raises ValueError for a name that METRICS does not list, on every rank.
         """
         for name in values:
-            if name not in METRICS:
+            if not known(name):
                 near = difflib.get_close_matches(name, METRICS, 1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise ValueError(f"unknown metric {name!r}{hint} Add it to distill/metrics.py with unit and meaning.")

@@ -4,12 +4,14 @@ The student's completion is its own encoding of the bytes of the teacher's ids a
 turned into targets when a micro-batch is made: faster than a student trains, and nothing has to be stored.
 """
 
+from threading import Lock
+
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from distill.align import Aligner, TextCounts
-from distill.align_report import coverage_text
+from distill.align_report import coverage_rows, coverage_text
 from distill.align_spans import KINDS
 from distill.align_tables import default_cache_dir
 from distill.align_targets import pad
@@ -38,6 +40,7 @@ class AlignedSignal:
         self.aligner = Aligner(teacher, tokenizer, default_cache_dir())
         self.coverage: np.ndarray | None = None
         self._counts: TextCounts | None = None
+        self._one_at_a_time = Lock()  # the aligner remembers pairs, and encoding changes its tokenizer's settings
 
     def completions(self, traces: list[list[int]]) -> list[list[int]]:
         """The student's ids of these completions, given in the teacher's."""
@@ -56,7 +59,7 @@ class AlignedSignal:
 
     def describe(self) -> str:
         """A table: what share of the positions has a distribution, by kind of text."""
-        return "" if self.coverage is None else coverage_text(self.coverage)
+        return "" if self.coverage is None else coverage_text(coverage_rows(self.coverage))
 
     def targets(
         self, completions: list[list[int]], teacher_ids: list[list[int]], dists: list[TokenDists], capture: CaptureSpec
@@ -66,8 +69,9 @@ class AlignedSignal:
         completions: what `completions` returned for teacher_ids. Errors: DataError when the distributions are of
         another text.
         """
-        alignment = self.aligner.align(teacher_ids)
-        if alignment.ids_N.tolist() != [i for ids in completions for i in ids]:
-            raise AssertionError("the same text was cut in two ways")
-        padded = pad(self.aligner.targets(alignment, dists, capture), self.aligner.tables)
+        with self._one_at_a_time:
+            alignment = self.aligner.align(teacher_ids)
+            if alignment.ids_N.tolist() != [i for ids in completions for i in ids]:
+                raise AssertionError("the same text was cut in two ways")
+            padded = pad(self.aligner.targets(alignment, dists, capture), self.aligner.tables)
         return BucketedTargets(*map(torch.from_numpy, (padded.ids_NK, padded.group_NK, padded.logq_NG, padded.tail_N)))

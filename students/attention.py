@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from students.sequence import RowRanks
+
 NAME = "packed_causal"
 
 
@@ -26,21 +28,23 @@ def packed_attention(
     seq_ends: torch.Tensor | None = None,
     longest: int = 0,
     scaling: float | None = None,
+    row_ranks: RowRanks | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
     """([1, N, A, D], None): softmax(q k^T * scaling) v over the tokens of the same trace up to the query's own.
 
     seq_lens: tokens of each trace, in order; they sum to N. None: all are one trace. seq_ends: int32, their running sum
     with a leading 0, given with the longest length where one variable-length kernel serves (CUDA, half precision);
-    elsewhere each trace is one scaled_dot_product_attention.
+    elsewhere each trace is one scaled_dot_product_attention. row_ranks: where several ranks share the row, which then
+    give and get N / ranks tokens each.
     """
+    if row_ranks is not None:
+        query_1AND, key_1GND, value_1GND = row_ranks.heads(query_1AND, key_1GND, value_1GND)
     if seq_ends is not None:
-        return _one_kernel(query_1AND, key_1GND, value_1GND, longest, seq_ends, scaling), None
-    lens = seq_lens or [query_1AND.shape[2]]
-    gqa = query_1AND.shape[1] != key_1GND.shape[1]
-    parts = zip(query_1AND.split(lens, 2), key_1GND.split(lens, 2), value_1GND.split(lens, 2))
-    out = [F.scaled_dot_product_attention(*part, is_causal=True, scale=scaling, enable_gqa=gqa) for part in parts]
-    return (torch.cat(out, 2) if len(out) > 1 else out[0]).transpose(1, 2).contiguous(), None
+        out_1NAD = _one_kernel(query_1AND, key_1GND, value_1GND, longest, seq_ends, scaling)
+    else:
+        out_1NAD = _each_alone(query_1AND, key_1GND, value_1GND, seq_lens or [query_1AND.shape[2]], scaling)
+    return (out_1NAD if row_ranks is None else row_ranks.tokens(out_1NAD)), None
 
 
 def how_packed(seq_lens: list[int], device: torch.device, dtype: torch.dtype) -> dict:
@@ -56,6 +60,15 @@ def how_packed(seq_lens: list[int], device: torch.device, dtype: torch.dtype) ->
 def running_ends(seq_lens: list[int], device: torch.device) -> torch.Tensor:
     """seq_ends for these lengths."""
     return torch.tensor([0, *accumulate(seq_lens)], dtype=torch.int32, device=device)
+
+
+def _each_alone(
+    query_1AND: torch.Tensor, key_1GND: torch.Tensor, value_1GND: torch.Tensor, lens: list[int], scaling: float | None
+) -> torch.Tensor:
+    gqa = query_1AND.shape[1] != key_1GND.shape[1]
+    parts = zip(query_1AND.split(lens, 2), key_1GND.split(lens, 2), value_1GND.split(lens, 2))
+    out = [F.scaled_dot_product_attention(*part, is_causal=True, scale=scaling, enable_gqa=gqa) for part in parts]
+    return (torch.cat(out, 2) if len(out) > 1 else out[0]).transpose(1, 2).contiguous()
 
 
 def _one_kernel(

@@ -4,43 +4,178 @@ Everything is written under a temporary name and renamed when it is complete and
 whole. `latest` names the newest checkpoint and is written last.
 """
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
+from threading import Thread, main_thread
 
 import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 
 from distill import files
-from distill.dist import Ranks
-from distill.errors import StoreError
+from distill.dist import TIMEOUT_S, Ranks
+from distill.errors import DistillError, StoreError
 from distill.tokens import stop_ids
 from students.engine import StudentEngine
 
-STATE, LATEST = "state.json", "latest"
+STATE, LATEST, BEST = "state.json", "latest", "best"
 SHARD_BYTES = 4_000_000_000
+RESHARDED = {"ranks", "zero_stage"}  # what a checkpoint can be converted to another value of
+POLL_S = 0.02
+GIVE_UP_S = 30.0
 
 
-def save_checkpoint(engine: StudentEngine, folder: Path, step: int, state: dict, ranks: Ranks, keep: int) -> Path:
-    """folder/step-NNNNNN with weights, optimizer state and `state`; then drops all but the last `keep` checkpoints."""
-    final = folder / f"step-{step:06d}"
-    temporary = None
-    try:
-        with files.disk_errors(folder):
-            temporary = ranks.on_main(lambda: _fresh(files.temporary_path(final)))
-            engine.save(folder, temporary.name)
-            ranks.barrier()
-            ranks.on_main(lambda: _complete(temporary, final, {**state, "step": step}, keep))
-    except BaseException:
-        if temporary is not None and ranks.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)  # half a checkpoint would keep a full disk full
-        raise
-    return final
+class Checkpoints:
+    """The checkpoints of one training: folder/step-NNNNNN, of which the last `keep` stay, and the best if asked for.
+
+    All ranks call every method at the same time. `save` returns as soon as each rank has copied its part to main
+    memory; a thread writes it while the training goes on. The ranks' threads meet through files, so that they disturb
+    no communication of the training.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks, keep: int, *, keep_best: bool = False):
+        self.folder, self._ranks, self._keep, self._keep_best = folder, ranks, keep, keep_best
+        self._thread: Thread | None = None
+        self._error: DistillError | None = None
+        self._temporary: Path | None = None
+
+    def save(self, engine: StudentEngine, step: int, state: dict) -> None:
+        """Begins a checkpoint with weights, optimizer state and `state`; waits for the one before, with its errors.
+
+        state["score"], lower is better, says which checkpoint is the best.
+        """
+        self.wait()
+        final = self.folder / f"step-{step:06d}"
+        self._temporary = self._ranks.on_main(lambda: _fresh(files.temporary_path(final)))
+        self._error = None
+        try:
+            with files.disk_errors(self.folder):
+                write = engine.snapshot(self.folder, self._temporary.name)
+        except DistillError as error:
+            self._error = error
+        else:
+            # Not a daemon: a process that ends for another reason still completes the checkpoint.
+            self._thread = Thread(target=self._write, args=(write, final, {**state, "step": step}), name="checkpoint")
+            self._thread.start()
+
+    def wait(self) -> None:
+        """Returns when the last checkpoint is complete; StoreError on every rank if one of them could not write it."""
+        if self._temporary is None:
+            return
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        errors = [error for error in self._ranks.gather(self._error) if error is not None]
+        temporary, self._temporary = self._temporary, None
+        if errors:
+            # Half a checkpoint would keep a full disk full.
+            self._ranks.on_main(lambda: shutil.rmtree(temporary, ignore_errors=True))
+            raise errors[0]
+
+    def _write(self, write, final: Path, state: dict) -> None:
+        try:
+            with files.disk_errors(self.folder):
+                write()
+                _mark(self._temporary, self._ranks.rank, None)
+                if self._ranks.is_main:
+                    _wait_for_marks(self._temporary, self._ranks.world)
+                    self._complete(self._temporary, final, state)
+        except Exception as error:
+            told = error if isinstance(error, DistillError) else DistillError(f"a checkpoint failed: {error!r}")
+            self._error = told
+            _mark(self._temporary, self._ranks.rank, str(told))
+
+    def _complete(self, temporary: Path, final: Path, state: dict) -> None:
+        for mark in temporary.glob("rank-*.written"):
+            mark.unlink()
+        paths = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
+        for path in paths:
+            files.sync(path)
+        sizes = {str(path.relative_to(temporary)): path.stat().st_size for path in paths}
+        files.write_json(temporary / STATE, {**state, "files": sizes})
+        _put_in_place(temporary, final)
+        _point(final.parent / LATEST, final)
+        self._drop_old()
+
+    def _drop_old(self) -> None:
+        found = _newest_first(self.folder)
+        kept = found[: self._keep]
+        if self._keep_best and (best := best_checkpoint(self.folder)) is not None:
+            _point(self.folder / BEST, best)
+            kept.append(best)
+        for old in found:
+            if old not in kept:
+                shutil.rmtree(old)
+
+    def resume(self, engine: StudentEngine, identity: dict) -> dict | None:
+        """The state saved with the newest checkpoint after loading it, or None when there is none to go on from.
+
+        identity: what must be as it was when the checkpoint was written. It is converted where only the number of
+        ranks or the ZeRO stage is another; StoreError where anything else is (the data and their order).
+        """
+
+        def find() -> tuple[Path, dict] | None:
+            if self.folder.is_dir():
+                files.remove_stale(self.folder)
+            return newest_checkpoint(self.folder, self._ranks.print)
+
+        found = self._ranks.on_main(find)
+        if found is None:
+            return None
+        path, state = found
+        was = state["identity"]
+        other = {name for name in was.keys() | identity.keys() if was.get(name) != identity.get(name)}
+        for name in sorted(other - RESHARDED):
+            raise StoreError(
+                f"the checkpoint was written with {name} {was.get(name)!r}, this launch has {identity.get(name)!r}",
+                where=str(path),
+                remedy=f"Launch as before, or delete {self.folder} to train this student from its start.",
+            )
+        if other:
+            self._reshard(engine, path, state)
+        else:
+            engine.load(self.folder, path.name)
+        return state
+
+    def _reshard(self, engine: StudentEngine, path: Path, state: dict) -> None:
+        stage, steps = state["identity"]["zero_stage"], state["step"]
+        self._ranks.print(f"{path} is of other ranks or another ZeRO stage: converting it for this launch")
+        with files.disk_errors(self.folder):
+            converted = self._ranks.on_main(lambda: _fresh(files.temporary_path(self.folder / "universal")))
+            try:
+                self._ranks.on_main(lambda: engine.convert(path, converted, stage, steps))
+                engine.load_converted(converted, stage, steps)
+                self._ranks.barrier()
+            finally:
+                if self._ranks.is_main:
+                    shutil.rmtree(converted, ignore_errors=True)
+
+
+def _mark(folder: Path, rank: int, error: str | None) -> None:
+    with contextlib.suppress(OSError):  # without its mark rank 0 gives up by itself
+        files.write_json(folder / f"rank-{rank}.written", {"error": error})
+
+
+def _wait_for_marks(folder: Path, world: int) -> None:
+    """Returns when every rank has written its part; StoreError if one failed or none comes any more."""
+    until_s = time.monotonic() + TIMEOUT_S
+    for rank in range(world):
+        mark = folder / f"rank-{rank}.written"
+        while not mark.exists():
+            if not main_thread().is_alive():  # this rank ended by an error, so the other may never come
+                until_s = min(until_s, time.monotonic() + GIVE_UP_S)
+            if time.monotonic() > until_s:
+                raise StoreError(f"rank {rank} did not write its part of a checkpoint", where=str(folder))
+            time.sleep(POLL_S)
+        if error := files.read_json(mark, "Run again.")["error"]:
+            raise StoreError(f"rank {rank} could not write its part of a checkpoint: {error}", where=str(folder))
 
 
 def _fresh(temporary: Path) -> Path:
@@ -50,24 +185,17 @@ def _fresh(temporary: Path) -> Path:
     return temporary
 
 
-def _complete(temporary: Path, final: Path, state: dict, keep: int) -> None:
-    sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-    for name in sizes:
-        files.sync(temporary / name)
-    files.write_json(temporary / STATE, {**state, "files": sizes})
-    _put_in_place(temporary, final)
-    with files.replacing(final.parent / LATEST) as path:
-        path.write_text(final.name + "\n")
-    for old in _newest_first(final.parent)[keep:]:
-        shutil.rmtree(old)
-
-
 def _put_in_place(temporary: Path, final: Path) -> None:
     files.sync(temporary)
     if final.exists():
         shutil.rmtree(final)
     os.replace(temporary, final)
     files.sync(final.parent)
+
+
+def _point(pointer: Path, target: Path) -> None:
+    with files.replacing(pointer) as path:
+        path.write_text(target.name + "\n")
 
 
 def _newest_first(folder: Path) -> list[Path]:
@@ -89,30 +217,15 @@ def newest_checkpoint(folder: Path, say=print) -> tuple[Path, dict] | None:
     return None
 
 
-def resume(engine: StudentEngine, folder: Path, identity: dict, ranks: Ranks) -> dict | None:
-    """The state saved with the newest checkpoint after loading it, or None when there is none to go on from.
-
-    identity: what must be as it was when the checkpoint was written (data order, ranks, ZeRO stage). StoreError else.
-    """
-
-    def find() -> tuple[Path, dict] | None:
-        if folder.is_dir():
-            files.remove_stale(folder)
-        return newest_checkpoint(folder, ranks.print)
-
-    found = ranks.on_main(find)
-    if found is None:
-        return None
-    path, state = found
-    for name, now in identity.items():
-        if state["identity"].get(name) != now:
-            raise StoreError(
-                f"the checkpoint was written with {name} {state['identity'].get(name)!r}, this launch has {now!r}",
-                where=str(path),
-                remedy=f"Launch as before, or delete {folder} to train this student from its start.",
-            )
-    engine.load(folder, path.name)
-    return state
+def best_checkpoint(folder: Path) -> Path | None:
+    """The complete checkpoint with the lowest score, the earlier of equals; None where none has a score."""
+    scores: dict[Path, float] = {}
+    for path in reversed(_newest_first(folder)):
+        with contextlib.suppress(OSError, ValueError):
+            score = json.loads((path / STATE).read_text()).get("score")
+            if score is not None:
+                scores[path] = score
+    return min(scores, key=scores.__getitem__, default=None)
 
 
 def export(

@@ -21,7 +21,8 @@ from distill.logit_cache import CacheReader, to_sparse_targets
 from distill.losses.buckets import BucketedTargets
 from distill.losses.reduce import IGNORE_INDEX
 from distill.losses.sparse import SparseTargets
-from distill.records import CaptureSpec, TokenDists, Trace
+from distill.records import CaptureSpec, SamplingParams, TokenDists, Trace
+from distill.sampling_law import check_law, sampling_law
 from distill.store import StageFolder
 from distill.tokens import PREFILL, encode_completion, end_id, fingerprint, render_prompt
 from distill.traceset import read_traces
@@ -30,18 +31,54 @@ from students.aligned import AlignedSignal
 
 @dataclass(frozen=True)
 class Example:
-    """One trace in the student's tokens. `shard` is the name of the shard that it came from, without suffix;
-    sampled_ids: the completion in the teacher's tokens, the same ones where the tokenizer is the same."""
+    """One trace in the student's tokens, or a window of one that is too long for a row.
+
+    shard: the name of the shard that it came from, without suffix. sampled_ids: the completion in the teacher's tokens,
+    the same ones where the tokenizer is the same. window: (first, stop) of its input tokens, None for all of them.
+    """
 
     key: str
     prompt_ids: list[int]
     completion_ids: list[int]
     shard: str
     sampled_ids: list[int]
+    window: tuple[int, int] | None = None
+
+    @property
+    def whole_tokens(self) -> int:
+        """Input tokens of the whole trace."""
+        return len(self.prompt_ids) + len(self.completion_ids) - 1
+
+    @property
+    def span(self) -> tuple[int, int]:
+        return self.window or (0, self.whole_tokens)
 
     @property
     def input_tokens(self) -> int:
-        return len(self.prompt_ids) + len(self.completion_ids) - 1
+        return self.span[1] - self.span[0]
+
+    @property
+    def input_ids(self) -> list[int]:
+        first, stop = self.span
+        return (self.prompt_ids + self.completion_ids)[first:stop]
+
+    @property
+    def trained(self) -> range:
+        """Which of the completion's tokens it is trained on: those that its input tokens predict."""
+        first, stop = self.span
+        before = len(self.prompt_ids) - 1
+        return range(max(first - before, 0), max(stop - before, 0))
+
+    @property
+    def labels(self) -> list[int]:
+        return self.completion_ids[self.trained.start : self.trained.stop]
+
+    def windows(self, tokens: int) -> list["Example"]:
+        """Itself in windows of at most so many input tokens, without those that train nothing. Every token of the
+        completion is predicted in exactly one of them."""
+        whole = self.whole_tokens
+        parts = [replace(self, window=(i, min(i + tokens, whole))) for i in range(0, whole, tokens)]
+        return [part for part in parts if part.trained]
 
 
 @dataclass(frozen=True)
@@ -50,7 +87,8 @@ class Batch:
 
     input_ids_N, position_ids_N: int64. seq_lens: tokens of each trace. trained_M: int64 positions in the sequence whose
     hidden state predicts labels_M. targets: what the teacher would have said at these positions, or None. keys: the
-    traces, in order.
+    traces, in order. In a mixture (mixture.py) also set_M: int64, the set of each, and alpha_M: the weight of its
+    divergence, which stays on the CPU.
     """
 
     input_ids_N: torch.Tensor
@@ -60,9 +98,11 @@ class Batch:
     labels_M: torch.Tensor
     targets: SparseTargets | BucketedTargets | None
     keys: list[str]
+    set_M: torch.Tensor | None = None
+    alpha_M: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        names = ("input_ids_N", "position_ids_N", "trained_M", "labels_M")
+        names = ["input_ids_N", "position_ids_N", "trained_M", "labels_M"] + ["set_M"] * (self.set_M is not None)
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
         return replace(self, **moved, targets=self.targets and self.targets.to(device))
 
@@ -71,6 +111,7 @@ class TraceData:
     """The examples of one student, in the order of the trace set; `counts` says what was read, dropped, retokenised.
 
     aligned: how the cached distributions reach a student with another tokenizer, None for one with the teacher's.
+    law: how the tokens were drawn, where that law is what is learned; None where the teacher's distributions are.
     """
 
     def __init__(
@@ -79,12 +120,15 @@ class TraceData:
         caches: dict[str, CacheReader] | None,
         counts: Counter,
         aligned: AlignedSignal | None = None,
+        law: SamplingParams | None = None,
     ):
         self.examples, self.caches, self.counts, self.aligned = examples, caches, counts, aligned
+        self.law = law
 
     @property
     def keys(self) -> list[str]:
-        return [example.key for example in self.examples]
+        """The name of each example in the order of the data: its trace's key, with the start of a later window."""
+        return [e.key if e.span[0] == 0 else f"{e.key}+{e.span[0]}" for e in self.examples]
 
     @property
     def lengths(self) -> list[int]:
@@ -94,7 +138,7 @@ class TraceData:
     @property
     def trained(self) -> list[int]:
         """Tokens of each example that bear loss."""
-        return [len(example.completion_ids) for example in self.examples]
+        return [len(example.trained) for example in self.examples]
 
     def collate(self, rows: list[list[int]], vocab_rows: int) -> Batch:
         """The micro-batch of these rows of indices. Without rows: one token that bears no loss, for a rank whose share
@@ -105,21 +149,7 @@ class TraceData:
         members = [self.examples[i] for row in rows for i in row]
         if not members:
             return self._empty()
-        inputs = [(e.prompt_ids + e.completion_ids)[:-1] for e in members]
-        seq_lens = [len(ids) for ids in inputs]
-        starts = np.concatenate([[0], np.cumsum(seq_lens)[:-1]])
-        trained = [
-            start + np.arange(len(e.prompt_ids) - 1, length) for start, e, length in zip(starts, members, seq_lens)
-        ]
-        return Batch(
-            input_ids_N=torch.tensor([i for ids in inputs for i in ids]),
-            position_ids_N=torch.cat([torch.arange(length) for length in seq_lens]),
-            seq_lens=seq_lens,
-            trained_M=torch.from_numpy(np.concatenate(trained)),
-            labels_M=torch.tensor([i for e in members for i in e.completion_ids]),
-            targets=self._targets(members, vocab_rows) if self.caches is not None else None,
-            keys=[e.key for e in members],
-        )
+        return assemble(members, self.targets(members, vocab_rows))
 
     def _empty(self) -> Batch:
         zero = torch.zeros(1, dtype=torch.int64)
@@ -131,7 +161,10 @@ class TraceData:
         first = torch.tensor(self.examples[0].prompt_ids[:1])
         return Batch(first, zero, [1], zero, torch.full((1,), IGNORE_INDEX), targets, [])
 
-    def _targets(self, members: list[Example], vocab_rows: int) -> SparseTargets | BucketedTargets:
+    def targets(self, members: list[Example], vocab_rows: int) -> SparseTargets | BucketedTargets | None:
+        """What the teacher would have said at every trained position of these examples; None without distributions."""
+        if self.caches is None:
+            return None
         dists = [self._dists(example) for example in members]
         if self.aligned is None:
             targets = SparseTargets(*map(torch.from_numpy, to_sparse_targets(dists)))
@@ -149,7 +182,7 @@ class TraceData:
                 where=f"3-logits, one of the shards {', '.join(shards)}",
                 remedy="Sample the traces again: --restart traces.",
             ) from error
-        return targets
+        return targets if all(e.window is None for e in members) else targets.rows(_trained_rows(members))
 
     def _dists(self, example: Example) -> TokenDists:
         reader = self.caches[example.shard]
@@ -161,7 +194,30 @@ class TraceData:
                 value=f"{len(dists)} positions for {len(example.sampled_ids)} tokens",
                 remedy=f"Delete {example.shard} from 2-traces and 3-logits and run again: it is sampled again.",
             )
-        return dists
+        return dists if self.law is None else sampling_law(dists, self.law)
+
+
+def assemble(members: list[Example], targets: SparseTargets | BucketedTargets | None) -> Batch:
+    """The micro-batch of these examples, one behind the other, with the targets of their trained positions."""
+    inputs, labels = [e.input_ids for e in members], [e.labels for e in members]
+    seq_lens = [len(ids) for ids in inputs]
+    ends = np.cumsum(seq_lens)
+    trained = [end - len(part) + np.arange(len(part)) for end, part in zip(ends, labels)]  # the last ones of each
+    return Batch(
+        input_ids_N=torch.tensor([i for ids in inputs for i in ids]),
+        position_ids_N=torch.cat([torch.arange(length) for length in seq_lens]),
+        seq_lens=seq_lens,
+        trained_M=torch.from_numpy(np.concatenate(trained)),
+        labels_M=torch.tensor([i for part in labels for i in part]),
+        targets=targets,
+        keys=[e.key for e in members],
+    )
+
+
+def _trained_rows(members: list[Example]) -> torch.Tensor:
+    """Where the trained tokens lie among the tokens of all the members' whole completions."""
+    starts = np.cumsum([0, *(len(e.completion_ids) for e in members)])
+    return torch.from_numpy(np.concatenate([start + np.array(e.trained) for start, e in zip(starts, members)]))
 
 
 def load_traces(
@@ -170,12 +226,16 @@ def load_traces(
     tokenizer: PreTrainedTokenizerFast,
     max_seq_tokens: int,
     teacher_path: str | None = None,
+    *,
+    too_long: str = "drop",
+    target: str = "teacher",
 ) -> TraceData:
     """The kept traces of a stage in the student's tokens; with `logits`, each with its teacher distributions.
 
-    Traces longer than max_seq_tokens are dropped and counted (too_long), never cut. Traces in another tokenizer's ids
-    are tokenised again and counted (retokenised): from their text, or, with `logits` and teacher_path, from the bytes
-    of the teacher's ids, so that what is known of every position can be told (counts positions_KIND).
+    Traces longer than max_seq_tokens are counted (too_long) and dropped, or split into windows (`fit`). Traces in
+    another tokenizer's ids are tokenised again and counted (retokenised): from their text, or, with `logits` and
+    teacher_path, from the bytes of the teacher's ids, so that what is known of every position can be told (counts
+    positions_KIND).
     Errors: DataError when nothing is left, a trace has no distributions, or a tokenizer does not fit.
     """
     own, theirs = fingerprint(tokenizer), _fingerprint_of(traces)
@@ -188,24 +248,35 @@ def load_traces(
     for shard, part in _iter_shards(traces):
         kept = [trace for trace in part if trace.keep]
         counts.update(traces=len(part), kept=len(kept), retokenised=len(kept) * (own != theirs))
-        for example in _examples(kept, shard, tokenizer if own != theirs else None, aligned):
-            if example.input_tokens > max_seq_tokens:
-                counts["too_long"] += 1
-            else:
-                examples.append(example)
+        found = _examples(kept, shard, tokenizer if own != theirs else None, aligned)
+        examples += fit(found, max_seq_tokens, too_long, counts)
     if not examples:
         raise DataError(
             f"no trace is left to train on: {counts['kept']} of {counts['traces']} were kept, "
             f"{counts['too_long']} of them are longer than {max_seq_tokens} tokens",
             where=str(traces.path),
-            remedy="Raise train.max_seq_tokens, or sample more traces.",
+            remedy="Raise train.max_seq_tokens, set train.too_long: split, or sample more traces.",
         )
     caches = None if logits is None else _open_caches(logits, examples, theirs)
-    data = TraceData(examples, caches, counts, aligned)
+    law = _drawn_with(traces) if caches is not None and target == "sampling" else None
+    data = TraceData(examples, caches, counts, aligned, law)
     counts.update(trained_tokens=sum(data.trained), input_tokens=sum(data.lengths))
     if aligned is not None:
         counts.update(aligned.finish())
     return data
+
+
+def fit(examples: list[Example], max_seq_tokens: int, too_long: str, counts: Counter) -> list[Example]:
+    """The examples that fit a row; the others are counted, and left out ("drop") or cut into windows ("split")."""
+    fitting = []
+    for example in examples:
+        if example.whole_tokens <= max_seq_tokens:
+            fitting.append(example)
+            continue
+        counts["too_long"] += 1
+        if too_long == "split":
+            fitting += example.windows(max_seq_tokens)
+    return fitting
 
 
 def _iter_shards(traces: StageFolder) -> Iterator[tuple[str, list[Trace]]]:
@@ -242,6 +313,13 @@ def _encode(trace: Trace, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """The trace's text in that tokenizer's ids; a completion that stopped gets its stop token."""
     ids = encode_completion(tokenizer, trace.text.removeprefix(PREFILL))
     return ids + ([end_id(tokenizer)] if trace.finish_reason == "stop" else [])
+
+
+def _drawn_with(traces: StageFolder) -> SamplingParams:
+    sampling = traces.manifest["spec"]["teacher"]["sampling"]
+    params = SamplingParams(**{name: value for name, value in sampling.items() if name != "n"})
+    check_law(params)
+    return params
 
 
 def _fingerprint_of(traces: StageFolder) -> str:

@@ -8,8 +8,8 @@ their number before the backward pass to undo exactly that, and its division by 
 import gc
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -17,14 +17,22 @@ from torch import nn
 
 from distill.config import Train
 from distill.dist import Ranks
-from distill.errors import ModelError
+from distill.errors import ModelError, StoreError
+from students import optim, universal
+from students.adapters import drop_frozen, plain_weights
 from students.data import Batch
-from students.layers import prepare_layers
+from students.ema import MovingAverage, trained_parts
+from students.layers import gather_whole_layers, prepare_layers
+from students.sequence import row_ranks
+from students.snapshot import Snapshots
 from students.step import StudentStep
 
 
 class StudentEngine:
-    """A student under DeepSpeed. All ranks call every method at the same time."""
+    """A student under DeepSpeed. All ranks call every method at the same time.
+
+    data_rank of data_ranks: which rows are this rank's; the ranks that share rows have the same number.
+    """
 
     def __init__(
         self,
@@ -42,16 +50,29 @@ class StudentEngine:
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # DeepSpeed keeps master weights of bfloat16 under ZeRO only; with one rank stage 1 is the same as stage 0.
-        self.stage = max(train.zero_stage, 1) if dtype == torch.bfloat16 else train.zero_stage
+        self.stage = max(train.zero_stage, optim.lowest_stage(train, dtype))
         self.ranks, self.dtype, self.clip_norm = ranks, dtype, train.clip_norm
-        compiled = train.compile == "on" or (train.compile == "auto" and ranks.device.type == "cuda")
-        prepare_layers(module.model, compiled=compiled, recomputed=train.activation_checkpointing)
+        self._masters, self._rigid = optim.keeps_masters(train, dtype), optim.rigid_state(train, dtype)
+        module.row_ranks = row_ranks(ranks, train.sequence_parallel, module.model.config)
+        self.data_rank, self.data_ranks = (n // train.sequence_parallel for n in (ranks.rank, ranks.world))
+        prepare_layers(module.model, train, ranks.device)
         config = deepspeed_config(train, self.stage, dtype, micro_batches, offload_dir)
-        optimizer = None if train.offload != "none" else _adamw(module, train)
-        self._engine, *_ = deepspeed.initialize(
-            model=module.to(ranks.device), optimizer=optimizer, model_parameters=_groups(module, train), config=config
-        )
+        if self.stage == 3:
+            layer_elements = gather_whole_layers(module.model)
+            config["zero_optimization"]["stage3_prefetch_bucket_size"] = layer_elements
+        module = module.to(ranks.device)
+        self._frozen = any(not parameter.requires_grad for parameter in module.parameters())
+        if self._frozen:
+            drop_frozen(module)
+        optimizer = optim.make_optimizer(module, train, dtype, ranks.device)
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        self._trained = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+        self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        self._engine.checkpoint_engine = Snapshots(self._engine.checkpoint_engine)
         self._engine.train()
+        self._average: MovingAverage | None = None
+        if train.ema_decay:
+            self._average = MovingAverage(trained_parts(self.module.model, self.stage), train.ema_decay)
 
     @property
     def module(self) -> StudentStep:
@@ -60,14 +81,27 @@ class StudentEngine:
     def accumulate(self, batch: Batch, normalizer: float, *, last: bool) -> torch.Tensor:
         """float64 tensor: loss, then the sums of LossMetrics, of this rank's micro-batch; adds up its gradients.
 
+        Ranks that share rows are given the same batch, and each takes its tokens of it.
         last: whether this is the last micro-batch of the step, after which the ranks add up their gradients.
         """
         self._engine.set_gradient_accumulation_boundary(last)
+        if self.module.row_ranks is not None:
+            batch = self.module.row_ranks.share(batch)
         loss, sums = self._engine(batch.to(self.ranks.device), normalizer)
         self._engine.backward(loss * self.ranks.world, scale_wrt_gas=False)
         if not last:
             self._engine.step()  # only counts the micro-batch
         return torch.cat([loss.detach().double()[None], sums.to(loss.device)])
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, normalizer: float) -> torch.Tensor:
+        """What `accumulate` returns, without gradients."""
+        if self.module.row_ranks is not None:
+            batch = self.module.row_ranks.share(batch)
+        self._engine.eval()
+        loss, sums = self._engine(batch.to(self.ranks.device), normalizer)
+        self._engine.train()
+        return torch.cat([loss.double()[None], sums.to(loss.device)])
 
     def step(self, lr: float) -> float:
         """The gradient norm before clipping, over all ranks; updates the weights with this learning rate.
@@ -76,6 +110,12 @@ class StudentEngine:
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_ratio", 1.0)
+        norm = self._step()
+        if self._average is not None and math.isfinite(norm):
+            self._average.update(trained_parts(self.module.model, self.stage))
+        return norm
+
+    def _step(self) -> float:
         if self.stage > 0:
             self._engine.step()  # refuses an invalid norm by itself, before any weight changes
             return float(self._engine.get_global_grad_norm())
@@ -93,33 +133,74 @@ class StudentEngine:
         torch.distributed.all_reduce(total)
         return total.tolist()
 
-    def save(self, folder: Path, tag: str) -> None:
-        """Writes weights and optimizer state of all ranks to folder/tag."""
-        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+    def snapshot(self, folder: Path, tag: str) -> Callable[[], None]:
+        """Copies this rank's weights and optimizer state as they are now; calling the result writes them to folder/tag,
+        in any thread."""
+        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
+        if self._average is not None and (self.stage > 0 or self.ranks.is_main):
+            self._engine.checkpoint_engine.save(self._average.state(), str(folder / tag / self._average_file))
+        return self._engine.checkpoint_engine.take()
+
+    def convert(self, source: Path, target: Path, stage: int, steps: int) -> None:
+        """Makes of the checkpoint `source`, of ZeRO `stage` and any number of ranks, one for `load_converted`. One rank
+        alone calls it. StoreError where that cannot be done."""
+        if rigid := "the moving average" if self._average is not None else self._rigid:
+            raise StoreError(
+                f"{rigid} in the checkpoint is kept in parts, which cannot be converted",
+                where=str(source),
+                remedy="Launch with the ranks and the train.zero_stage that it was written with.",
+            )
+        universal.convert(self._engine, self._trained, source, target, stage, steps)
+
+    def load_converted(self, folder: Path, stage: int, steps: int) -> None:
+        """Restores what `convert` made of a checkpoint of ZeRO `stage` and `steps` steps."""
+        universal.load(self._engine, self._trained, folder, (stage, self.stage), steps)
 
     def load(self, folder: Path, tag: str) -> None:
-        """Restores what `save` wrote; the number of ranks and the ZeRO stage must be the same."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
+        """Restores what a snapshot wrote; the number of ranks and the ZeRO stage must be the same."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=not self._frozen)
         if path is None:
             raise ModelError("DeepSpeed found no checkpoint", where=f"{folder}/{tag}", remedy="Delete this checkpoint.")
+        if self._average is not None:
+            self._average.load(torch.load(folder / tag / self._average_file, map_location="cpu", weights_only=True))
 
     def shapes(self) -> dict[str, torch.Size]:
         """Name in the checkpoint -> full shape, without tied copies, in the model's order."""
-        return {name: getattr(p, "ds_shape", p.shape) for name, p in self.module.model.named_parameters()}
+        return {weight.name: weight.shape for weight in plain_weights(self.module.model)}
 
     def whole_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor | None]]:
         """(name, tensor on CPU in `dtype`) on rank 0, (name, None) elsewhere; one parameter is whole at a time.
 
-        float32 comes from the master weights where the forward pass uses bfloat16.
+        float32 comes from the master weights where the forward pass uses bfloat16. Adapters are merged; of weights that
+        have a moving average it is the average.
         """
         from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
 
-        master = dtype == torch.float32 and self.dtype != torch.float32
-        for name, parameter in self.module.model.named_parameters():
-            with GatheredParameters([parameter]) if self.stage == 3 else nullcontext():
-                tensor = safe_get_full_fp32_param(parameter) if master else parameter.detach()
-                yield name, tensor.to("cpu", dtype, copy=True) if self.ranks.is_main else None
+        master = self._masters and dtype == torch.float32 and self.dtype != torch.float32
+        averaged: AbstractContextManager = nullcontext()
+        if self._average is not None:
+            averaged, master = self._average.in_place_of(trained_parts(self.module.model, self.stage)), self.stage > 0
+
+        def value(parameter: nn.Parameter) -> torch.Tensor:
+            return safe_get_full_fp32_param(parameter) if master and parameter.requires_grad else parameter.detach()
+
+        with averaged:
+            for weight in plain_weights(self.module.model):
+                with GatheredParameters(weight.parameters) if self.stage == 3 else nullcontext():
+                    values = [value(parameter) for parameter in weight.parameters]  # ranks may meet in this
+                    if self.ranks.is_main:
+                        yield weight.name, weight.merge(*values).to("cpu", dtype, copy=True)
+                    else:
+                        yield weight.name, None
+
+    @property
+    def _average_file(self) -> str:
+        return f"average_rank_{self.ranks.rank if self.stage > 0 else 0:05d}.pt"
+
+    def forget_average(self) -> None:
+        """From now on whole_weights gives the weights themselves, also where a moving average was kept."""
+        self._average = None
 
     def close(self) -> None:
         """Frees the weights and the optimizer's state."""
@@ -132,51 +213,12 @@ class StudentEngine:
 
 def deepspeed_config(train: Train, stage: int, dtype: torch.dtype, micro_batches: int, offload_dir: Path) -> dict:
     """DeepSpeed's own settings for these. A "sample" of DeepSpeed is one micro-batch here."""
-    zero: dict = {"stage": stage}
-    if train.offload != "none":
-        place = {"device": train.offload, "pin_memory": True}
-        if train.offload == "nvme":
-            place["nvme_path"] = str(offload_dir)
-        zero["offload_optimizer"] = place
-    config = {
+    return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": micro_batches,
-        "zero_optimization": zero,
+        "zero_optimization": {"stage": stage, **optim.offload_places(train, offload_dir)},
         "gradient_clipping": train.clip_norm if stage > 0 else 0.0,  # stage 0 is clipped here: DeepSpeed hides its norm
         "steps_per_print": None,
         "wall_clock_breakdown": False,
+        **optim.precision(train, stage, dtype),
     }
-    if train.offload != "none":
-        config["optimizer"] = {"type": "AdamW", "params": _adamw_options(train)}
-    if dtype == torch.bfloat16:
-        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-    return config
-
-
-def _adamw_options(train: Train) -> dict:
-    return {"lr": train.lr, "betas": tuple(train.betas), "eps": 1e-8, "weight_decay": train.weight_decay}
-
-
-def _adamw(module: nn.Module, train: Train) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(_groups(module, train), **_adamw_options(train), fused=True)
-
-
-def _groups(module: nn.Module, train: Train) -> list[dict]:
-    """Matrices decay, gains and biases do not; embedding and head may learn at a rate of their own.
-
-    Adam moves the row of a rare token by several times lr each time it is seen: a high lr wipes out what the base knew.
-    """
-    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    slow = (
-        [p for name, p in named if "embed_tokens" in name or "lm_head" in name] if train.embedding_lr_ratio < 1 else []
-    )
-    chosen = {id(p) for p in slow}
-    matrices, others = (
-        [p for _, p in named if id(p) not in chosen and (p.dim() >= 2) == wide] for wide in (True, False)
-    )
-    groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    if slow:
-        ratio = train.embedding_lr_ratio
-        groups.append({"params": slow, "weight_decay": train.weight_decay, "lr_ratio": ratio})
-    return groups

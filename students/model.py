@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from distill.checkpoints import check_checkpoint, resolve_checkpoint
 from distill.errors import ModelError
@@ -11,6 +11,7 @@ from distill.tokens import load_tokenizer
 from students import attention
 
 FAMILIES = ("qwen2", "qwen3", "llama")
+SAFELY = {"trust_remote_code": False, "local_files_only": True}
 
 
 def train_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -30,18 +31,23 @@ def load_student(
     Errors: ModelError when the checkpoint is damaged or not safetensors, the architecture is not a dense Qwen2, Qwen3
     or Llama with full attention, or the embedding has fewer rows than the tokenizer has ids.
     """
-    folder = resolve_checkpoint(path)
-    check_checkpoint(folder)
-    options = {"trust_remote_code": False, "local_files_only": True}
-    config = AutoConfig.from_pretrained(folder, **options)
-    _check_architecture(config, folder)
-    tokenizer = load_tokenizer(folder)
+    folder, config, tokenizer = check_student(path)
     implementation = attention.NAME if packed else "sdpa"
     model = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=dtype, use_safetensors=True, attn_implementation=implementation, **options
+        folder, config=config, dtype=dtype, use_safetensors=True, attn_implementation=implementation, **SAFELY
     )
-    check_vocabulary(model.get_input_embeddings().weight.shape[0], tokenizer, folder)
     return model.train(), tokenizer
+
+
+def check_student(path: str | Path) -> tuple[Path, PretrainedConfig, PreTrainedTokenizerFast]:
+    """(folder, config, tokenizer) of a checkpoint that `load_student` can load; the errors are its."""
+    folder = resolve_checkpoint(path)
+    check_checkpoint(folder)
+    config = AutoConfig.from_pretrained(folder, **SAFELY)
+    _check_architecture(config, folder)
+    tokenizer = load_tokenizer(folder)
+    check_vocabulary(config.vocab_size, tokenizer, folder)
+    return folder, config, tokenizer
 
 
 def check_vocabulary(rows: int, tokenizer: PreTrainedTokenizerFast, path: str | Path) -> None:

@@ -1,6 +1,6 @@
 """Sampling from a live student: for evaluation, and for traces of its own while it trains."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -26,12 +26,16 @@ class Rollout:
         device: str | torch.device = "cpu",
         batch_size: int = 256,
         stop_ids: Iterable[int] | None = None,
+        faster: Callable[[nn.Module, int, int, Iterable[int]], Generator | None] = lambda *_: None,
     ):
-        """batch_size: rows sampled at once; stop_ids: those of the tokenizer when not given."""
+        """batch_size: rows sampled at once; stop_ids: those of the tokenizer when not given. faster: gives another
+        loop for (model, vocabulary, batch_size, stop ids), or None where the one over slots must serve; it may lay the
+        weights out anew, so it is not for a model that an optimizer holds."""
         self.tokenizer, self.stop_ids = tokenizer, tokens.stop_ids(tokenizer, stop_ids)
-        slots = SlotModel(model.to(device), max(tokenizer.get_vocab().values()) + 1)
-        self.vocab_size = slots.vocab_size
-        self._generator = Generator(slots, batch_size, self.stop_ids)
+        model, ids = model.to(device), max(tokenizer.get_vocab().values()) + 1
+        loop = faster(model, ids, batch_size, self.stop_ids)
+        self._generator = loop or Generator(SlotModel(model, ids), batch_size, self.stop_ids)
+        self.vocab_size = self._generator.model.vocab_size
 
     def sample(
         self, requests: Iterable[SampleRequest], params: SamplingParams, capture: CaptureSpec | None = None
@@ -42,3 +46,7 @@ class Rollout:
     def score(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], capture: CaptureSpec) -> list[TokenDists]:
         """The distributions of each completion's tokens, for (prompt_ids, completion_ids) pairs in the order given."""
         return self._generator.score(sequences, capture)
+
+    def release(self) -> None:
+        """Gives back the memory that is kept from one call to the next; the next call takes it again."""
+        self._generator.release()

@@ -6,32 +6,46 @@ that no step stands there twice.
 
 import json
 import math
+import os
 import signal
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from tqdm import tqdm
 
 from distill import files
+from distill.checkpoints import resolve_checkpoint
 from distill.config import Config, Student, Train
 from distill.dist import Ranks
-from distill.errors import DataError, ModelError
-from distill.losses.metrics import LossMetrics
+from distill.errors import ModelError
+from distill.geometry import read_geometry
+from distill.records import Prompt
 from distill.store import StageFolder
+from distill.tokens import load_tokenizer
 from distill.tracking import Tracker
-from students import checkpoint
-from students.data import TraceData, load_traces
+from students import checkpoint, metrics, replay
+from students.adapters import attach
+from students.checkpoint import Checkpoints
+from students.data import Batch, TraceData
 from students.engine import StudentEngine
+from students.evaluation import HeldOut
+from students.loader import Loader
+from students.mixture import Mixture
 from students.model import load_student, train_dtype
 from students.packing import StepPlan, TrainPlan
+from students.prepare import Preparation
 from students.schedule import learning_rate
+from students.sharded import load_parts, shards_at_load
 from students.step import LossSettings, StudentStep
 
-MODEL, LOG, SUMMARY, CHECKPOINTS = "model", "log.jsonl", "train.json", "checkpoints"
+MODEL, LOG, SPIKES, SUMMARY, CHECKPOINTS = "model", "log.jsonl", "spikes.jsonl", "train.json", "checkpoints"
 
 
 def train_student(
@@ -42,36 +56,33 @@ def train_student(
     stage: StageFolder,
     ranks: Ranks,
     tracker: Tracker,
+    asked: Sequence[Prompt] = (),
 ) -> dict:
     """Counts of the finished training: steps, tokens, trained_tokens, traces read and dropped, last loss, wall_s.
 
     The student is stage.path/model, a Hugging Face folder. logits is read when student.loss.kind is "logits" alone.
+    asked: what the evaluation asks; general data that asks it too is left out.
     Already finished: the counts of then. SIGTERM: a checkpoint is written and the process exits with status 0.
     Errors: DataError for traces that do not fit, ModelError when loss or gradient is not finite; the step's traces are
-    then named in nan-step-N.json and no weight has changed.
+    then kept in nan-step-N (students/replay.py) and no weight has changed.
     """
     folder = stage.path
     if done := ranks.on_main(lambda: _finished(folder)):
         return done
     started_s = time.monotonic()
     dtype = train_dtype(config.train.dtype, ranks.device)
-    model, tokenizer = load_student(student.path, dtype)
-    use_logits = student.loss.kind == "logits"
-    data = load_traces(
-        traces, logits if use_logits else None, tokenizer, config.train.max_seq_tokens, config.teacher.path
-    )
-    if data.aligned is not None:
-        ranks.print(data.aligned.describe())
-    plan = TrainPlan(
-        data.keys,
-        data.lengths,
-        data.trained,
-        row_tokens=config.train.max_seq_tokens,
-        batch_tokens=config.train.batch_tokens,
-        epochs=config.train.epochs,
-        seed=config.run.seed,
-    )
-    run = StudentRun(config.train, student, folder, ranks, tracker, data, plan, started_s)
+    tokenizer = load_tokenizer(resolve_checkpoint(student.path))
+    prepared = Preparation(config, student, tokenizer, stage, ranks, dtype, asked).run(traces, logits)
+    for note in prepared.notes:
+        ranks.print(note)
+    if shards_at_load(config.train, student):
+        model = load_parts(student.path, dtype, config.train)
+    else:
+        model, _ = load_student(student.path, dtype)
+    if student.adapter is not None:
+        attach(model, student.adapter, dtype, ranks.device, config.run.seed)
+    run = StudentRun(config.train, student, folder, ranks, tracker, prepared.data, prepared.plan, started_s)
+    run.held_out = prepared.held_out
     engine = run.make_engine(model, dtype)
     run.loop(engine)
     checkpoint.export(engine, tokenizer, folder / MODEL, dtype, ranks)
@@ -94,22 +105,28 @@ class StudentRun:
     folder: Path
     ranks: Ranks
     tracker: Tracker
-    data: TraceData
+    data: Mixture
     plan: TrainPlan
     started_s: float
     before_s: float = 0.0
     tokens: int = 0
     trained_tokens: int = 0
     last_loss: float = float("nan")
+    losses: list[float] = field(default_factory=list)
+    held_out: TraceData | None = None
 
     def make_engine(self, model, dtype: torch.dtype) -> StudentEngine:
         """The student under DeepSpeed. Its rows per micro-batch are those that fit train.micro_batch_tokens."""
         self.rows = self.train.micro_batch_tokens // self.train.max_seq_tokens
-        self.vocab_rows = model.get_input_embeddings().weight.shape[0]
+        self.keys = self.data.keys
+        self.vocab_rows = model.config.vocab_size
         loss = self.student.loss
         alpha = loss.alpha if loss.kind == "logits" else 0.0
-        module = StudentStep(model, LossSettings(alpha, loss.divergence, loss.beta, loss.temperature))
-        most = -(-self.plan.rows_per_step // (self.ranks.world * self.rows))
+        settings = LossSettings(alpha, loss.divergence, loss.beta, loss.temperature)
+        module = StudentStep(model, settings, len(self.data.parts))
+        most = -(-self.plan.rows_per_step * self.train.sequence_parallel // (self.ranks.world * self.rows))
+        geometry = self.student.geometry or read_geometry(resolve_checkpoint(self.student.path), "students.N.path")
+        self.speed = metrics.Speed(self.plan, geometry, dtype, self.ranks.device, self.ranks.world)
         offload_dir = self.folder / "offload"
         return StudentEngine(module, self.train, self.ranks, dtype=dtype, micro_batches=most, offload_dir=offload_dir)
 
@@ -118,94 +135,137 @@ class StudentRun:
         identity = {"data": self.plan.digest, "zero_stage": engine.stage}
         if engine.stage > 0:
             identity["ranks"] = self.ranks.world  # each holds a part of the optimizer's state
-        state = checkpoint.resume(engine, self.folder / CHECKPOINTS, identity, self.ranks) or {}
+        keep, keep_best = self.train.keep_checkpoints, self.train.keep_best
+        self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, self.ranks, keep, keep_best=keep_best)
+        state = self.checkpoints.resume(engine, identity) or {}
         first = state.get("step", 0)
         self.before_s = state.get("wall_s", 0.0)
         self.tokens, self.trained_tokens = state.get("tokens", 0), state.get("trained_tokens", 0)
         self.last_loss = state.get("loss", self.last_loss)
-        self.ranks.on_main(lambda: cut_log(self.folder / LOG, first))
-        total = self.train.epochs * sum(self.data.lengths)
-        with self._bar(total) as bar, _terminated() as stop:
-            for number in range(first, len(self.plan)):
-                began_s = time.monotonic()
-                step = self.plan[number]
-                stopping = self._step(engine, number, step, bool(stop), began_s)
+        before = self.ranks.on_main(lambda: cut_log(self.folder / LOG, first))
+        self.spikes, evaluation = metrics.Spikes([row["loss"] for row in before]), self._evaluation()
+        with self._bar(self.plan.tokens) as bar, self._loader(engine, first) as loader, _terminated() as stop:
+            began_s = time.monotonic()
+            for number, step, count, batches in loader:
+                row, stopping = self._step(engine, number, step, count, batches, bool(stop))
+                row |= self.speed.row(step.tokens, time.monotonic() - began_s, loader.take_wait_s())
+                if evaluation and ((number + 1) % self.train.eval_steps == 0 or number + 1 == len(self.plan)):
+                    row |= evaluation.measure(engine)
+                self._log(row)
+                self._note_spike(row, step)
                 bar.update(step.tokens)
                 bar.set_postfix_str(f"step {number + 1}/{len(self.plan)} loss {self.last_loss:.3f}", refresh=False)
                 done = number + 1
-                if stopping or (done % self.train.checkpoint_steps == 0 and done < len(self.plan)):
-                    self._save(engine, done, identity)
                 if stopping:
-                    self.ranks.print(f"\nstopped by SIGTERM; a checkpoint of step {done} is saved, run again to go on")
-                    self.ranks.barrier()
-                    sys.exit(0)
+                    self._stop(engine, done, identity)
+                if done % self.train.checkpoint_steps == 0 and done < len(self.plan):
+                    self._save(engine, done, identity)
+                began_s = time.monotonic()
+            if any(self.ranks.gather(bool(stop))):  # it came after the last step had begun
+                self._stop(engine, len(self.plan), identity)
+            self.checkpoints.wait()
 
-    def _step(self, engine: StudentEngine, number: int, step: StepPlan, stop: bool, began_s: float) -> bool:
-        """One optimizer step; returns whether any rank was told to stop."""
-        batches = step.micro_batches(self.ranks.rank, self.ranks.world, self.rows)
+    def _evaluation(self) -> HeldOut | None:
+        sizes = {"row_tokens": self.plan.row_tokens, "rows_per_micro_batch": self.rows, "vocab_rows": self.vocab_rows}
+        return self.held_out and HeldOut(self.held_out, **sizes)
+
+    def _loader(self, engine: StudentEngine, first: int) -> Loader:
+        def share(step: StepPlan) -> list[list[list[int]]]:
+            return step.micro_batches(engine.data_rank, engine.data_ranks, self.rows)
+
+        collate = partial(self.data.collate, vocab_rows=self.vocab_rows)
+        return Loader(self.plan, collate, share, first=first, workers=self.train.loader_workers)
+
+    def _step(
+        self, engine: StudentEngine, number: int, step: StepPlan, count: int, batches: Iterator[Batch], stop: bool
+    ) -> tuple[dict[str, float], bool]:
+        """One optimizer step: its row of the log, and whether any rank was told to stop."""
         parts = [
-            engine.accumulate(self.data.collate(rows, self.vocab_rows), step.trained_tokens, last=i + 1 == len(batches))
-            for i, rows in enumerate(batches)
+            engine.accumulate(batch, step.trained_tokens, last=i + 1 == count) for i, batch in enumerate(batches)
         ]
-        loss, stops, *sums = engine.add_up(float(stop), torch.stack(parts).sum(0))
+        loss, stops, *values = engine.add_up(float(stop), torch.stack(parts).sum(0))
         if not math.isfinite(loss):
-            self._refuse(number, step, "loss", loss)
+            self._refuse(engine, number, step, "loss", loss)
         lr = learning_rate(number, len(self.plan), self.train)
         norm = engine.step(lr)
         if not math.isfinite(norm):
-            self._refuse(number, step, "gradient norm", norm)
+            self._refuse(engine, number, step, "gradient norm", norm)
         self.tokens, self.trained_tokens = self.tokens + step.tokens, self.trained_tokens + step.trained_tokens
         self.last_loss = loss
-        wall_s = time.monotonic() - began_s
+        self.losses.append(loss)
+        sums = metrics.Sums.of(values)
         row = {
             "step": number + 1,
-            "epoch": (number + 1) / self.plan.steps_per_epoch,
+            "epoch": self.plan.epochs_done(number + 1),
             "loss": loss,
-            **self._means(LossMetrics.from_tensor(torch.tensor(sums)).means(), step),
+            "loss_z": self.spikes.z(loss),
+            **metrics.means(sums, step.trained_tokens, self.data.has_teacher),
+            **metrics.by_set(sums, self.data.names, self.data.set_of, self.plan.trained, step),
             "lr": lr,
             "grad_norm": norm,
             "tokens": self.trained_tokens,
-            "tokens_per_s": step.tokens / wall_s,
-            "step_s": wall_s,
+            "packing_efficiency": step.tokens / (len(step.rows) * self.plan.row_tokens),
         }
-        self._log(row)
-        return stops > 0
+        return row, stops > 0
 
-    def _means(self, means: dict[str, float], step: StepPlan) -> dict[str, float]:
-        """The metrics of a row. top1: agreement with the teacher where distributions are given, else with the text."""
-        if means["tokens"] != step.trained_tokens:
-            raise DataError(f"{means['tokens']} tokens were trained, {step.trained_tokens} were planned", where="step")
-        common = {"ce": means["ce"], "entropy": means["entropy"]}
-        if self.data.caches is None:
-            return {**common, "top1": means["label_top1"]}
-        share = means["teacher_tokens"] / means["tokens"]
-        teacher = {"kl": means["kl"], "top1": means["top1"], "support_mass": means["support_mass"]}
-        return {**common, **teacher, "tail": means["teacher_tail"], "teacher_share": share}
+    def _note_spike(self, row: dict[str, float], step: StepPlan) -> None:
+        """A loss that stands out goes to spikes.jsonl with the traces of its step."""
+        if self.ranks.is_main and (row["loss_z"] or 0.0) > metrics.SPIKE_Z:
+            spike = {name: row[name] for name in ("step", "loss", "loss_z", "grad_norm")}
+            with open(self.folder / SPIKES, "a") as file:
+                file.write(json.dumps(spike | {"traces": self._traces(step)}) + "\n")
 
-    def _log(self, row: dict[str, float]) -> None:
+    def _traces(self, step: StepPlan) -> list[list[str]]:
+        """The keys of a step's traces, row by row."""
+        return [[self.keys[i] for i in row] for row in step.rows]
+
+    def _log(self, row: dict[str, float | None]) -> None:
+        row = {name: value for name, value in row.items() if value is not None}
         if self.ranks.is_main:
             with open(self.folder / LOG, "a") as log:
                 log.write(json.dumps(row) + "\n")
-        metrics = {f"train/{name}": value for name, value in row.items() if name != "step"}
-        self.tracker.log(metrics, row["step"], scope=self.student.name)
+        named = {f"train/{name}": value for name, value in row.items() if name != "step"}
+        self.tracker.log(named, row["step"], scope=self.student.name)
 
     def _save(self, engine: StudentEngine, done: int, identity: dict) -> None:
         state = {"identity": identity, "tokens": self.tokens, "trained_tokens": self.trained_tokens}
-        state |= {"loss": self.last_loss, "wall_s": self._wall_s()}
-        folder = self.folder / CHECKPOINTS
-        checkpoint.save_checkpoint(engine, folder, done, state, self.ranks, self.train.keep_checkpoints)
+        state |= {"loss": self.last_loss, "wall_s": self._wall_s(), "score": self._score()}
+        self.checkpoints.save(engine, done, state)
 
-    def _refuse(self, number: int, step: StepPlan, what: str, value: float) -> None:
-        path = self.folder / f"nan-step-{number + 1}.json"
-        keys = [[self.data.examples[i].key for i in row] for row in step.rows]
-        report = {"step": number + 1, "epoch": step.epoch, what: str(value), "rows": keys}
-        self.ranks.on_main(lambda: files.write_json(path, report))
+    def _stop(self, engine: StudentEngine, done: int, identity: dict) -> NoReturn:
+        self._save(engine, done, identity)
+        self.checkpoints.wait()
+        self.ranks.print(f"\nstopped by SIGTERM; a checkpoint of step {done} is saved, run again to go on")
+        self.ranks.barrier()
+        sys.exit(0)
+
+    def _score(self) -> float:
+        """What the best checkpoint has least of: the mean loss of the steps since the checkpoint before it."""
+        losses, self.losses = self.losses, []
+        return sum(losses) / len(losses) if losses else self.last_loss
+
+    def _refuse(self, engine: StudentEngine, number: int, step: StepPlan, what: str, value: float) -> NoReturn:
+        """Keeps the step for students.replay: its rows, and the weights, which are those of before it."""
+        path = self.folder / f"nan-step-{number + 1}"
+        report = {"step": number + 1, "epoch": step.epoch, what: str(value), "rows": self._traces(step)}
+        batches = [self.data.collate([row], self.vocab_rows) for row in step.rows] if self.ranks.is_main else []
+        settings, sets = engine.module.settings, engine.module.sets
+
+        def save() -> None:
+            path.mkdir(exist_ok=True)
+            replay.save_rows(path / replay.ROWS, batches, settings, step.trained_tokens, sets)
+            files.write_json(path / replay.REPORT, report)
+
+        self.ranks.on_main(save)
+        engine.forget_average()
+        tokenizer = load_tokenizer(resolve_checkpoint(self.student.path))
+        checkpoint.export(engine, tokenizer, path / replay.MODEL, engine.dtype, self.ranks)
         raise ModelError(
             f"the {what} of step {number + 1} is not finite, so no weight was changed",
             where=f"student {self.student.name}",
             value=value,
-            remedy=f"The traces of this step are named in {path}. Lower train.lr or train.clip_norm, or look at them; "
-            "run again to go on at the last checkpoint.",
+            remedy=f"Run python -m students.replay {path} to see which traces it comes from. Lower train.lr or "
+            "train.clip_norm, or drop them; run again to go on at the last checkpoint.",
         )
 
     def _bar(self, total: int) -> tqdm:
@@ -233,20 +293,27 @@ class StudentRun:
         return summary
 
 
-def cut_log(path: Path, steps: int) -> None:
-    """Keeps the rows of the first `steps` steps: a killed launch may have logged some after its last checkpoint."""
+def cut_log(path: Path, steps: int) -> list[dict]:
+    """Keeps the rows of the first `steps` steps, and returns them: a killed launch may have logged some after its last
+    checkpoint."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.read_text().splitlines()[:steps] if path.exists() else []
     with files.replacing(path) as temporary:
         temporary.write_text("".join(line + "\n" for line in lines))
+    return [json.loads(line) for line in lines]
 
 
 @contextmanager
 def _terminated():
-    """A list that is no longer empty once SIGTERM came; the old handler is put back afterwards."""
+    """A list that is no longer empty once SIGTERM came; the old handler is put back afterwards.
+
+    One that nobody looked at any more is sent again to that handler.
+    """
     came: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
     try:
         yield came
     finally:
         signal.signal(signal.SIGTERM, before)
+    if came:
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -18,9 +18,11 @@ from distill.slots import SlotCache
 from distill.split import Split
 from distill.tokens import load_tokenizer
 from teachers import attention, shard
-from teachers.runner import Runner, unsupported
+from teachers.lockstep import LockstepModel
+from teachers.runners import keeps_fp8, paged_loop
 from teachers.sampler import PagedGenerator
 from teachers.slices import block_of
+from teachers.speculative import speculative_loop
 
 MLA_FAMILIES = ("deepseek_v3",)
 
@@ -28,8 +30,9 @@ MLA_FAMILIES = ("deepseek_v3",)
 class TeacherEngine:
     """A causal language model that draws completions and says how likely every token was.
 
-    DeepSeek-V3 models decode over the latent cache (teachers.attention); any other model of transformers with full
-    attention (Llama, Qwen2, Qwen3) over keys and values. ModelError before any weight is read when the folder, its
+    On a GPU, DeepSeek-V3, Llama, Qwen2 and Qwen3 run over pages with kernels of ours (teachers.runners). Elsewhere
+    DeepSeek-V3 models decode over the latent cache (teachers.attention), any other model of transformers with full
+    attention over keys and values. ModelError before any weight is read when the folder, its
     config, its tokenizer or a weight file is missing, damaged or not safetensors.
 
     With a `split`, ranks hold the model together. All of them make the engine, call `sample` and `score` equally often
@@ -46,9 +49,11 @@ class TeacherEngine:
         batch_size: int = 64,
         stop_ids: Iterable[int] | None = None,
         split: Split | None = None,
+        speculative: str | None = None,
     ):
         """dtype "auto": float32 on a CPU, bfloat16 on a GPU. batch_size: rows sampled at once. stop_ids: else the
-        tokenizer's. split: this rank's place among those that hold the model; None for a whole model."""
+        tokenizer's. split: this rank's place among those that hold the model; None for a whole model. speculative:
+        "mtp" draws with the checkpoint's multi-token prediction module (teachers.speculative), for whole models."""
         config = check_checkpoint(path)
         folder = resolve_checkpoint(path)
         self.tokenizer = load_tokenizer(folder)
@@ -58,25 +63,39 @@ class TeacherEngine:
         _check_config(config, ids, folder)
         self.split = split or Split()
         if self.split.size > 1 or "quantization_config" in config:
-            self.loaded = shard.load(config, folder, _dtype(dtype, device), device, self.split)
+            keep = keeps_fp8(folder, block_of(config, folder), device)
+            self.loaded = shard.load(config, folder, _dtype(dtype, device), device, self.split, keep_fp8=keep)
         else:
             self.loaded = shard.Loaded(load_model(folder, _dtype(dtype, device), device))
         self.model = self.loaded.model
         self.dtype, self.batch_size = self.model.dtype, batch_size
         self.stop_ids = tokens.stop_ids(self.tokenizer, stop_ids)
-        self._generator: Generator | None = self._loop(config["model_type"] in MLA_FAMILIES, ids)
+        if speculative:
+            self._generator: Generator | None = self._speculative(config, folder, ids)
+        else:
+            self._generator = self._loop(config["model_type"] in MLA_FAMILIES, ids)
         self.vocab_size, self.max_positions = self._generator.model.vocab_size, self._generator.model.max_positions
 
     def _loop(self, is_mla: bool, ids: int) -> Generator:
-        """Over pages, with our own kernels, where a GPU holds a whole DeepSeek-V3 model; over slots everywhere else."""
+        """Over pages, with our own kernels, where GPUs hold a model they know; over slots elsewhere."""
         token_bytes = lambda: tokens.token_bytes(self.tokenizer)  # noqa: E731
-        whole = self.split.size == 1 and self.model.device.type == "cuda"
-        if whole and is_mla and unsupported(self.model.config) is None:
-            return PagedGenerator(Runner(self.model, ids), self.batch_size, self.stop_ids, token_bytes)
+        if loop := paged_loop(self.model, ids, self.batch_size, self.stop_ids, token_bytes, self.split):
+            return loop
         if is_mla:
             attention.install(self.model)
         slots = self.loaded.slots(ids, attention.LatentCache if is_mla else SlotCache)
         return Generator(slots, self.batch_size, self.stop_ids, token_bytes)
+
+    def _speculative(self, config: dict, folder: os.PathLike, ids: int) -> Generator:
+        if self.split.size > 1:
+            raise ModelError(
+                "speculative decoding needs a whole model on each device",
+                where="teacher.speculative",
+                value=str(self.split),
+                remedy="Set it to null, or teacher.tensor_parallel and teacher.expert_parallel to 1.",
+            )
+        token_bytes = lambda: tokens.token_bytes(self.tokenizer)  # noqa: E731
+        return speculative_loop(self.model, config, folder, ids, self.batch_size, self.stop_ids, token_bytes)
 
     def sample(
         self, requests: Iterable[SampleRequest], params: SamplingParams, capture: CaptureSpec | None = None
@@ -92,6 +111,18 @@ class TeacherEngine:
         """The token loop itself, for a service that feeds it between steps (distill.generate)."""
         return self._open().rows()
 
+    def finish_turn(self) -> None:
+        """Returns when all ranks that share experts have made the forward passes they want; called by all of them."""
+        generator = self._open()
+        if isinstance(generator, PagedGenerator):
+            generator.finish()
+        elif isinstance(generator.model, LockstepModel):
+            generator.model.finish()
+
+    def release(self) -> None:
+        """Gives back the memory that is kept from one call to the next; the next call takes it again."""
+        self._open().release()
+
     def check(self, row: Row, where: str) -> None:
         """Raises DataError, naming `where`, if the row cannot be drawn."""
         self._open().check(row, where)
@@ -105,9 +136,11 @@ class TeacherEngine:
 
     def close(self) -> None:
         """Frees the weights. The tokenizer and the fingerprint stay."""
+        if isinstance(self._generator, PagedGenerator):
+            self.loaded.groups += self._generator.let_go()
         self._generator, self.model = None, None
+        gc.collect()  # recorded steps hold on to the groups they talk over
         self.loaded.close()
-        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

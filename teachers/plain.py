@@ -4,9 +4,14 @@ Shape legend: T tokens, A rows, E hidden size, X experts, K experts a token, F w
 rank, P rotary size, L = R + P, G pages of a row.
 """
 
+from itertools import groupby
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
+
+from teachers.scaled import ScaledWeights
 
 
 def add_norm(
@@ -95,15 +100,21 @@ def route(
     x_TE: Tensor,
     gate_XE: Tensor,
     bias_X: Tensor,
-    active_1: Tensor,
+    active_S: Tensor,
     *,
     top_k: int,
     groups: int,
     top_groups: int,
     normed: bool,
     scale: float,
+    here: range | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Expert ids (int32) and weights (fp32) [T, K]; rows from active_1 on get the id X, which no expert has."""
+    """Expert ids (int32) and weights (fp32) [T, K]; rows from active_S on get the id X, which no expert has.
+
+    here: the experts of this rank, numbered from 0; the others are no experts either. active_S: where tokens are those
+    of S shares, as many of each, the rows of every share that are active.
+    """
+    here = range(len(gate_XE)) if here is None else here
     scores_TX = F.linear(x_TE.float(), gate_XE.float()).sigmoid()
     choice_TX = scores_TX + bias_X
     if top_groups < groups:
@@ -115,18 +126,23 @@ def route(
     weight_TK = scores_TX.gather(1, chosen_TK)
     if normed:
         weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
-    idle_T = torch.arange(len(x_TE), device=x_TE.device) >= active_1
-    chosen_TK = chosen_TK.masked_fill(idle_T.unsqueeze(1), gate_XE.shape[0])
-    return chosen_TK.int(), weight_TK * scale
+    place_T = torch.arange(len(x_TE) // len(active_S), device=x_TE.device).repeat(len(active_S))
+    idle_T1 = (place_T >= active_S.repeat_interleave(len(x_TE) // len(active_S))).unsqueeze(1)
+    elsewhere_TK = (chosen_TK < here.start) | (chosen_TK >= here.stop) | idle_T1
+    return (chosen_TK - here.start).masked_fill(elsewhere_TK, len(here)).int(), weight_TK * scale
 
 
-def group(chosen_TK: Tensor, gate_up: Tensor) -> Tensor:
+def group(chosen_TK: Tensor, gate_up: Tensor, of: int | None = None) -> Tensor:
     """What `experts` takes: here the choices as they are."""
     return chosen_TK
 
 
-def experts(x_TE: Tensor, chosen_TK: Tensor, weight_TK: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def experts(
+    x_TE: Tensor, chosen_TK: Tensor, weight_TK: Tensor, gate_up: Tensor | ScaledWeights, down: Tensor | ScaledWeights
+) -> Tensor:
     """[T, K, E]: each choice's weight times its expert's output. gate_up: [X, 2F, E], down: [X, E, F]."""
+    if isinstance(gate_up, ScaledWeights):
+        gate_up, down = gate_up.widened(x_TE.dtype), down.widened(x_TE.dtype)
     tokens, top_k = chosen_TK.shape
     flat_A = chosen_TK.flatten().long()
     order_A = flat_A.argsort(stable=True)
@@ -138,3 +154,72 @@ def experts(x_TE: Tensor, chosen_TK: Tensor, weight_TK: Tensor, gate_up: Tensor,
             hidden_BF = silu_mul(F.linear(x_TE[mine_B // top_k], up))
             out_AE[mine_B] = F.linear(hidden_BF, back) * weight_TK.flatten()[mine_B].unsqueeze(1).to(x_TE.dtype)
     return out_AE.view(tokens, top_k, -1)
+
+
+def combine(out_TKE: Tensor, chosen_TK: Tensor, experts: int) -> Tensor:
+    """[T, E]: the sum of each token's outputs, without those of choices that are none of the `experts`."""
+    return out_TKE.float().masked_fill((chosen_TK >= experts).unsqueeze(-1), 0).sum(1).to(out_TKE.dtype)
+
+
+def rotate_heads(
+    heads_TXD: Tensor,
+    kv_heads: int,
+    positions_T: Tensor,
+    slots_T: Tensor | None,
+    tables: tuple[Tensor, Tensor],
+    norms_2D: Tensor | None,
+    eps: float,
+    pool_GTL: Tensor | None,
+) -> None:
+    """Norms (norms_2D: weights of queries and of keys) and rotates, in place, the query and key heads of queries, keys
+    and values side by side; writes keys and values to slot slots_T of the pool.
+
+    tables: cos and sin [positions, D / 2]; pairs are (i, i + D / 2).
+    """
+    cos_T1D, sin_T1D = (table[positions_T].unsqueeze(1) for table in tables)
+    query_THD, key_TKD = heads_TXD[:, : -2 * kv_heads], heads_TXD[:, -2 * kv_heads : -kv_heads]
+    for i, part in enumerate((query_THD, key_TKD)):
+        normed = part if norms_2D is None else rms_norm(part, norms_2D[i], eps)
+        part.copy_(_rotated(normed, cos_T1D, sin_T1D, False))
+    if pool_GTL is not None:
+        pool_GTL.view(-1, pool_GTL.shape[-1])[slots_T.long()] = heads_TXD[:, -2 * kv_heads :].flatten(1)
+
+
+def gqa_decode(
+    query_AHD: Tensor, pool_GTL: Tensor, tables_AG: Tensor, lengths_A: Tensor, kv_heads: int, scale: float
+) -> Tensor:
+    """[A, H, D] of one new token a row: softmax(scale * q . k) v over lengths_A + 1 cached tokens.
+
+    pool_GTL: [pages, page tokens, 2 K D], the keys of K heads, then their values. Query head h reads head h K // H.
+    """
+    page, longest = pool_GTL.shape[1], int(lengths_A.max()) + 1
+    entries_AT = pool_GTL[tables_AG[:, : -(-longest // page)].long()].flatten(1, 2)[:, :longest]
+    key_AKTD, value_AKTD = entries_AT.unflatten(2, (2, kv_heads, -1)).permute(2, 0, 3, 1, 4)
+    query_AKRD = query_AHD.unflatten(1, (kv_heads, -1)) * scale
+    scores_AKRT = query_AKRD @ key_AKTD.transpose(-1, -2)
+    visible_AT = torch.arange(longest, device=lengths_A.device) <= lengths_A.unsqueeze(1)
+    scores_AKRT.masked_fill_(~visible_AT[:, None, None], float("-inf"))
+    weights_AKRT = F.softmax(scores_AKRT, dim=-1, dtype=torch.float32).to(query_AHD.dtype)
+    return (weights_AKRT @ value_AKTD).flatten(1, 2)
+
+
+def attend_ragged(query_THD: Tensor, key_SKD: Tensor, value_SKD: Tensor, ragged, scale: float) -> Tensor:
+    """Causal attention [T, H, D] of each sequence's new tokens, its last ones, over all of its tokens.
+
+    ragged: `new` and `whole`, the tokens of each sequence in T and in S (teachers.dense.Ragged).
+    """
+    sizes = list(zip(ragged.new, ragged.whole))
+    mixed, first, first_whole = [], 0, 0
+    for (new, whole), same in groupby(sizes):  # sequences of the same lengths in one call
+        count = len(list(same))
+        query = query_THD[first : first + count * new].unflatten(0, (count, new)).transpose(1, 2)
+        stretch = slice(first_whole, first_whole + count * whole)
+        key, value = (part[stretch].unflatten(0, (count, whole)).transpose(1, 2) for part in (key_SKD, value_SKD))
+        mask = None if new == whole else causal_lower_right(new, whole)
+        gqa = query.shape[1] != key.shape[1]
+        values = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=gqa
+        )
+        mixed.append(values.transpose(1, 2).flatten(0, 1))
+        first, first_whole = first + count * new, first_whole + count * whole
+    return mixed[0] if len(mixed) == 1 else torch.cat(mixed)

@@ -26,7 +26,7 @@ from distill.step_log import StepLog
 from teachers.paged import PagePool
 from teachers.runner import Segment
 from teachers.running import Prompt, Running
-from teachers.steps import Drawn, Steps
+from teachers.steps import Drawn, Steps, rows_of
 from teachers.transfer import to_device
 
 PREFILL_TOKENS = 8192  # of one forward pass
@@ -151,7 +151,7 @@ class PagedRows:
 
     def _place(self, prompt: Prompt, free_rows: int) -> bool:
         """Takes the prompt, or as many of its rows as fit, from `waiting` into `prefilling`; whether all of it."""
-        full = len(prompt.ids) // self.pool.page_tokens
+        full = self._shared_pages(prompt)
         each = self.pool.pages_for(len(prompt.ids) + 1) - full
         # Every running row may need a page soon; a newcomer must not take the last ones.
         spare = self.pool.free - full - self._taken() * bool(self.rows or self.prefilling)
@@ -199,11 +199,11 @@ class PagedRows:
             ids += prompt.ids[start:stop]
             positions += range(start, stop)
             slots.append(self.pool.slots(pages, start, stop))
-        parts = self.runner.prefill(
+        parts = self._run(
+            chunk,
             to_device(np.array(ids, dtype=np.int32), device),
             to_device(np.array(positions, dtype=np.int32), device),
             segments,
-            self.pool,
             to_device(np.concatenate(slots), device),
         )
         last = [segment.start + segment.count - 1 for segment in segments]
@@ -216,7 +216,14 @@ class PagedRows:
         if finished:
             self._join(finished, parts)
 
-    def _join(self, finished: list[tuple[Prompt, int]], parts: tuple) -> None:
+    def _run(self, chunk: list[tuple[Prompt, int]], ids_T: Tensor, positions_T: Tensor, segments, slots_T: Tensor):
+        """Prefills; what `_hidden` asks for the final hidden states of some of these tokens."""
+        return self.runner.prefill(ids_T, positions_T, segments, self.pool, slots_T)
+
+    def _hidden(self, prefilled, rows_N: Tensor) -> Tensor:
+        return self.runner.finish(prefilled, rows_N)
+
+    def _join(self, finished: list[tuple[Prompt, int]], prefilled) -> None:
         """The rows of prefilled prompts become active; new ones draw their first token."""
         self._copy_last_pages([prompt for prompt, _ in finished])
         finished.sort(key=lambda part: part[0].resumes)  # new rows first
@@ -231,12 +238,16 @@ class PagedRows:
         if new:
             at_B = to_device(np.array([at for _, at in new]), self.runner.device)
             source = np.repeat(np.arange(len(new)), [len(prompt.rows) for prompt, _ in new])
-            logits_BV = self.runner.logits(self.runner.finish(parts, at_B))
+            logits_BV = self.runner.logits(self._hidden(prefilled, at_B))
             self._first(first, logits_BV[to_device(source, self.runner.device)])
         resumed = [i for i in range(first, len(self.rows)) if self.rows[i].tokens]
         if resumed:
             self.steps.set_tokens(np.array(resumed), np.array([self.rows[i].tokens[-1] for i in resumed]))
+        self._joined(first, finished, prefilled)
         self._drop_finished()
+
+    def _joined(self, first: int, finished: list[tuple[Prompt, int]], prefilled) -> None:
+        """What else there is to do for rows from `first` on, which have their last tokens now."""
 
     def _first(self, start: int, logits_NV: Tensor) -> None:
         """Rows from `start` on draw their first token."""
@@ -246,12 +257,16 @@ class PagedRows:
             running.drawn = 1
         self._changed()  # the device has counted no token yet
 
+    def _shared_pages(self, prompt: Prompt) -> int:
+        """Pages that all samples of a prompt read and none writes."""
+        return len(prompt.ids) // self.pool.page_tokens
+
     def _copy_last_pages(self, prompts: list[Prompt]) -> None:
         """A prompt's last page, partly filled, was written by its first row; the others go on in copies."""
         sources, targets = [], []
         for prompt in prompts:
-            if len(prompt.ids) % self.pool.page_tokens:
-                full = len(prompt.ids) // self.pool.page_tokens
+            full = self._shared_pages(prompt)
+            if full * self.pool.page_tokens < len(prompt.ids):
                 sources += [prompt.rows[0].pages[full]] * (len(prompt.rows) - 1)
                 targets += [row.pages[full] for row in prompt.rows[1:]]
         if sources:
@@ -277,7 +292,7 @@ class PagedRows:
         i = 0
         while i < len(self.rows):
             row = self.rows[i]
-            column = row.cached // self.pool.page_tokens
+            column = (row.cached + self.steps.ahead - 1) // self.pool.page_tokens
             if column < len(row.pages):
                 i += 1
                 continue
@@ -314,13 +329,16 @@ class PagedRows:
         self.preempted += 1
 
     def _read(self) -> None:
-        """Logs the oldest step that was not read, and closes the rows that ended with it."""
+        """Takes in the oldest step that was not read."""
         drawing, drawn = self.pending.popleft()
-        token_A, support = drawn.read()
+        self._take_in(drawing, *drawn.read())
+
+    def _take_in(self, drawing: list[Running], token_A: np.ndarray, support: Support | None) -> None:
+        """Logs one token of each of these rows, and closes the rows that ended with it."""
         alive = [a for a, running in enumerate(drawing) if not running.closed]
         if not alive:  # all of them drew a token after their last one, or were cancelled
             return
-        self._log([drawing[a] for a in alive], token_A[alive], _rows_of(support, alive, len(drawing)))
+        self._log([drawing[a] for a in alive], token_A[alive], rows_of(support, alive, len(drawing)))
         ended = [self._ended(drawing[a], int(token_A[a])) for a in alive]
         if any(ended):
             self._drop_finished()
@@ -335,7 +353,7 @@ class PagedRows:
         owner_A, token_A = np.array([running.owner for running in drawing]), token_A.astype(np.int64)
         captured = [a for a, running in enumerate(drawing) if running.row.capture]
         if captured:
-            self.log.add(owner_A[captured], token_A[captured], _rows_of(support, captured, len(drawing)))
+            self.log.add(owner_A[captured], token_A[captured], rows_of(support, captured, len(drawing)))
         if len(captured) < len(drawing):
             bare = [a for a, running in enumerate(drawing) if not running.row.capture]
             self.log.add(owner_A[bare], token_A[bare], None)
@@ -388,9 +406,3 @@ class PagedRows:
         order = np.array(self.order, dtype=np.int64)
         self.steps.upload([running.row for running in self.rows], order, column("cached"), column("drawn"), tables)
         self.order = None
-
-
-def _rows_of(support: Support | None, rows: list[int], whole: int) -> Support | None:
-    if support is None or len(rows) == whole:
-        return support
-    return Support(*(part[rows] for part in vars(support).values()))

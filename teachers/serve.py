@@ -61,7 +61,12 @@ def _serve(config, ranks: Ranks) -> int:
     settings = config.teacher.model_copy(update={"url": None})  # where runs find this service; it has its own weights
     split = teacher_split(config.model_copy(update={"teacher": settings}), ranks.rank, ranks.world)
     engine = TeacherEngine(
-        settings.path, dtype=settings.dtype, device=ranks.device, batch_size=settings.batch_size, split=split
+        settings.path,
+        dtype=settings.dtype,
+        device=ranks.device,
+        batch_size=settings.batch_size,
+        split=split,
+        speculative=settings.speculative,
     )
     if not ranks.is_main:
         return follow(engine, ranks, split)

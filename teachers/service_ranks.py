@@ -204,15 +204,4 @@ def make_pace(engine: TeacherEngine, ranks: Ranks, split: Split) -> CopyPace | N
         return None
     timeout = timedelta(seconds=TURN_S)
     groups = [dist.new_group(list(block), timeout=timeout, backend="gloo") for block in split.blocks]
-    lockstep = engine.loaded.lockstep
-
-    @torch.inference_mode()
-    def dummy() -> None:
-        ids_11 = torch.zeros(1, 1, dtype=torch.int64, device=ranks.device)
-        engine.model.base_model(input_ids=ids_11, use_cache=False)
-
-    def finish_turn() -> None:
-        if lockstep is not None:  # ranks that share experts make the same number of passes
-            lockstep.finish(dummy)
-
-    return CopyPace(groups[split.blocks.index(split.block)], ranks.rank == split.block[0], finish_turn)
+    return CopyPace(groups[split.blocks.index(split.block)], ranks.rank == split.block[0], engine.finish_turn)

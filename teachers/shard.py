@@ -27,7 +27,8 @@ from distill.errors import ModelError
 from distill.slots import SlotCache, SlotModel
 from distill.split import Split, expert_problems, tensor_problems
 from teachers.lockstep import Lockstep, LockstepModel
-from teachers.slices import LoadReport, Part, Piece, SliceReader, block_of, fill, held_bytes
+from teachers.scaled import ScaledWeights
+from teachers.slices import SCALE, LoadReport, Part, Piece, SliceReader, block_of, fill, held_bytes
 
 COLUMNS = [  # cut by output: whole heads, or neurons of an MLP
     r".*\.self_attn\.(q_proj|k_proj|v_proj|q_b_proj|kv_b_proj)\.weight$",
@@ -65,9 +66,15 @@ class Loaded:
             dist.destroy_process_group(group)
 
 
-def load(config: dict, folder: Path, dtype: torch.dtype, device: torch.device, split: Split) -> Loaded:
+def load(
+    config: dict, folder: Path, dtype: torch.dtype, device: torch.device, split: Split, *, keep_fp8: bool = False,
+    reader: SliceReader | None = None,
+) -> Loaded:  # fmt: skip
     """The model of a checkpoint folder (`config`: its config.json), in evaluation mode; called by all ranks.
 
+    keep_fp8: routed experts that are stored in block-scaled FP8 stay in it, as ScaledWeights in place of parameters,
+    which teachers.runner computes with; the modules of transformers cannot. reader: what gives the weights, where not
+    the folder's files.
     ModelError before any weight is read when the model cannot be split like this, or is stored in a way not read.
     """
     block = block_of(config, folder)
@@ -78,8 +85,10 @@ def load(config: dict, folder: Path, dtype: torch.dtype, device: torch.device, s
     if split.size > 1:
         loaded.groups = _partition(model, split, dtype, config)
     _keep_routers_in_float32(model)
+    if keep_fp8:
+        _keep_experts_in_fp8(model)
     report.look()
-    fill(SliceReader(folder, block), _pieces(model, split), report)
+    fill(reader or SliceReader(folder, block), pieces(model, split), report)
     report.held_bytes, report.seconds = held_bytes(model), time.monotonic() - started_s
     if split.expert_parallel > 1:
         loaded.lockstep = Lockstep(split, device)
@@ -138,6 +147,18 @@ def _keep_routers_in_float32(model: nn.Module) -> None:
     for module in model.modules():
         if _is_autoep(module):
             module.router.gate.__class__ = Float32Linear
+
+
+def _keep_experts_in_fp8(model: nn.Module) -> None:
+    """Room for them in place of the parameters of transformers' experts, or of AutoEP's w1, w2 and w3."""
+    for module in model.modules():
+        own, down = module._parameters, "w2" if "w1" in module._parameters else "down_proj"
+        if "w1" in own or "gate_up_proj" in own:
+            experts, size, width = own[down].shape
+            for name in EXPERT_WEIGHTS.keys() | {"gate_up_proj", "down_proj"}:
+                own.pop(name, None)
+            module.gate_up_proj = ScaledWeights.empty(experts, 2, width, size, model.device)
+            module.down_proj = ScaledWeights.empty(experts, 1, size, width, model.device)
 
 
 class Float32Linear(nn.Linear):
@@ -224,7 +245,7 @@ def _is_group(value: object) -> bool:
 # --- Filling it -------------------------------------------------------------------------------------------------------
 
 
-def _pieces(model: nn.Module, split: Split) -> Iterator[Piece]:
+def pieces(model: nn.Module, split: Split) -> Iterator[Piece]:
     """Every parameter and persistent buffer of this rank, with the slice of the checkpoint that belongs there."""
     seen: set[int] = set()
     for path, module in model.named_modules():
@@ -236,6 +257,9 @@ def _pieces(model: nn.Module, split: Split) -> Iterator[Piece]:
             if tensor.untyped_storage().nbytes() < tensor.nbytes:  # still a placeholder
                 tensor.data = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
             yield from _pieces_of(path, module, name, tensor.data, split)
+        for name, value in vars(module).items():
+            if isinstance(value, ScaledWeights):
+                yield from _scaled_pieces(path, name, value, split.expert_rank * len(value))
 
 
 def _pieces_of(path: str, module: nn.Module, name: str, tensor: Tensor, split: Split) -> Iterator[Piece]:
@@ -257,6 +281,15 @@ def _pieces_of(path: str, module: nn.Module, name: str, tensor: Tensor, split: S
         owner = path.removesuffix(".gate") if path.endswith(".router.gate") else path
         owner = owner.removesuffix(".router") + ".gate" if owner.endswith(".router") else owner
         yield Piece(tensor, f"{owner}.{name}")
+
+
+def _scaled_pieces(path: str, name: str, weights: ScaledWeights, first: int) -> Iterator[Piece]:
+    """Experts in FP8, from number `first` on: the values, and beside them the factors of their blocks."""
+    stored = ("gate_proj", "up_proj") if name == "gate_up_proj" else (name,)
+    for i in range(len(weights)):
+        for part, of in enumerate(stored):
+            yield Piece(weights.values_XPNK[i, part], f"{path}.{first + i}.{of}.weight")
+            yield Piece(weights.scales_XPRC[i, part], f"{path}.{first + i}.{of}.weight{SCALE}")
 
 
 def _cut_piece(path: str, layer: nn.Module, name: str, tensor: Tensor) -> Piece:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from distill.checkpoints import read_header, weight_files
 from distill.errors import ModelError
+from teachers.scaled import ScaledWeights
 
 CHUNK_ELEMENTS = 4 << 20  # of a tensor that are read, widened and copied at once
 MOST_OPEN_FILES = 4  # a tensor and its scales may stand in two; mapped files count as memory of the process
@@ -115,8 +116,16 @@ class SliceReader:
         for lo in range(first.lo, first.hi, step):
             rows = Part(lo, min(lo + step, first.hi), first.total)
             chunk = piece.target[rows.lo - first.lo : rows.hi - first.lo]
-            chunk.copy_(self._widened(piece.name, (rows, *rest), chunk.device))
+            chunk.copy_(self._read(piece.name, (rows, *rest), chunk))
             yield chunk
+
+    def _read(self, name: str, parts: tuple[Part, ...], target: Tensor) -> Tensor:
+        """What goes into `target`: FP8 as it is stored where the target is FP8, else widened."""
+        if target.dtype != torch.float8_e4m3fn:
+            return self._widened(name, parts, target.device)
+        if self._headers[name][1]["dtype"] != FLOAT8:
+            raise self._error(name, "is not FP8, though other experts of this checkpoint are")
+        return self._slice(name, *parts)
 
     def _widened(self, name: str, parts: tuple[Part, ...], device: torch.device) -> Tensor:
         stored = self._slice(name, *parts)
@@ -189,7 +198,8 @@ def block_of(config: dict, folder: Path) -> tuple[int, int] | None:
 
 def held_bytes(model: nn.Module) -> int:
     """Bytes behind all parameters and buffers; what several of them share counts once."""
-    tensors = [*model.parameters(), *model.buffers()]
+    kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, ScaledWeights)]
+    tensors = [*model.parameters(), *model.buffers(), *(t for k in kept for t in (k.values_XPNK, k.scales_XPRC))]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta}
     return sum(storages.values())
 

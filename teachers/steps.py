@@ -7,7 +7,7 @@ runs. Graphs are recorded for a ladder of batch sizes; rows above the active one
 Shape legend: A active rows, B rows of a graph, S slots, N new rows, V vocabulary, K candidates.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,12 +16,14 @@ from torch import Tensor
 
 from distill.generate import Row
 from distill.sampling import StepLogits, Support, capture_support, draw, uniform
+from teachers.mesh import Pass
 from teachers.paged import PagePool
 from teachers.runner import Runner
+from teachers.tail import support_of, with_draws
 from teachers.transfer import to_device, to_host
 
 LADDER = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, *range(80, 257, 16), *range(288, 1025, 32))
-WHOLE = ("lengths", "drawn", "top_k", "k_max")  # int32 settings of a row
+WHOLE = ("lengths", "drawn", "top_k", "k_max", "tail_draws")  # int32 settings of a row
 FLOATS = ("temperature", "top_p", "min_p", "tail_bound")  # fp32 settings of a row
 
 
@@ -36,6 +38,8 @@ class Drawn:
 class Steps:
     """The device's side of rows 0..A-1, of up to `slots`, over a page pool."""
 
+    ahead = 1  # tokens of a row that one step writes and draws
+
     def __init__(self, runner: Runner, pool: PagePool, slots: int):
         self.runner, self.pool = runner, pool
         self.is_cuda = runner.device.type == "cuda"
@@ -46,7 +50,7 @@ class Steps:
         self.tables = zeros(rows, pool.pages_for(runner.max_positions))
         self.of = dict(zip(WHOLE, self.state)) | dict(zip(FLOATS, self.state.view(torch.float32)[len(WHOLE) :]))
         self.rows: list[Row] = []
-        self.graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.graphs: dict[tuple[int, int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.memory = None
 
     def upload(self, rows: list[Row], order: np.ndarray, lengths: np.ndarray, drawn: np.ndarray, tables: np.ndarray):
@@ -77,22 +81,47 @@ class Steps:
     def step(self) -> Drawn:
         """One more token for every row."""
         active = len(self.rows)
+        rows, *draws = self._agreed(active, *((self._candidates(), self._tail_draws()) if self.is_cuda else (0, 0)))
         self.active.fill_(active)
         if not self.is_cuda:
-            return self._hand_out(self._advance(active), active)
-        key = _bucket(active), self._candidates()
+            return self._hand_out(self._advance(active), self.ahead * active)
+        return self._hand_out(self._replay(_bucket(rows), *draws), self.ahead * active)
+
+    def _agreed(self, active: int, candidates: int, tail_draws: int) -> tuple[int, int, int]:
+        """The most of each among ranks that share experts and step together, once all their prompts have been run."""
+        mesh = self.runner.mesh
+        if mesh is None or mesh.shares == 1:
+            return active, candidates, tail_draws
+        while (now := mesh.meet(rows=active, draws=(abs(candidates), candidates > 0, tail_draws))).is_prefill:
+            self.runner.idle()
+        return _asked(now)
+
+    @torch.inference_mode()
+    def idle(self, now: Pass) -> None:
+        """This rank's side of a step of others, in which it has no row."""
+        self.active.fill_(0)
+        if self.is_cuda:
+            rows, *draws = _asked(now)
+            self._replay(_bucket(rows), *draws)
+        else:
+            self.runner.idle()
+
+    def _replay(self, *key: int) -> Tensor:
+        """The result of a recorded step over (rows, candidates, draws from tails)."""
+        if self.runner.mesh:
+            self.runner.mesh.step_over(key[0])
         if key not in self.graphs:
             self._record(*key)
         graph, result = self.graphs[key]
         graph.replay()
-        return self._hand_out(result, active)
+        return result
 
-    def _advance(self, rows: int, candidates: int | None = None):
+    def _advance(self, rows: int, candidates: int | None = None, tail_draws: int | None = None):
         live_B = torch.arange(rows, device=self.runner.device) < self.active
         # Tables of rows that are not active may name pages that others hold by now: such rows have no tokens.
         lengths_B = torch.where(live_B, self.of["lengths"][:rows], 0)
         logits_BV = self.runner.decode(self.tokens[:rows], lengths_B, self.tables[:rows], self.active, self.pool)
-        result = self._draw(logits_BV, slice(0, rows), candidates)
+        result = self._draw(logits_BV, slice(0, rows), candidates, tail_draws)
         self.state[:2, :rows] += live_B
         return result
 
@@ -105,42 +134,55 @@ class Steps:
         count = width(most, self.runner.vocab_size)
         return count if any(row.capture for row in rows) else -count
 
-    def _draw(self, logits_AV: Tensor, places: slice, candidates: int | None = None):
+    def _tail_draws(self, rows: list[Row] | None = None) -> int:
+        """The most draws that a row asks for from the tail of a distribution, rounded up: few different graphs."""
+        most = max((row.capture.tail_draws for row in rows or self.rows if row.capture), default=0)
+        return 1 << (most - 1).bit_length() if most else 0
+
+    def _draw(self, logits_AV: Tensor, places: slice, candidates: int | None = None, tail_draws: int | None = None):
         """Draws into the rows' last tokens. On a GPU the packed result, else tokens [A] and supports."""
+        return self._drawn(logits_AV, self.tokens[places], self._of(places), self.rows[places], candidates, tail_draws)
+
+    def _of(self, places: slice) -> dict[str, Tensor]:
+        """The settings of these rows by name."""
+        return {name: setting[places] for name, setting in self.of.items()} | {"seeds": self.seeds[places]}
+
+    def _drawn(
+        self, logits_AV: Tensor, tokens_A: Tensor, of: dict[str, Tensor], rows: list[Row],
+        candidates: int | None = None, tail_draws: int | None = None,
+    ):  # fmt: skip
+        """Draws into tokens_A by the settings `of` each row; `rows`: those that are active, if nothing is recorded."""
         if not self.is_cuda:
-            return self._draw_plain(logits_AV, places)
+            return self._draw_plain(logits_AV, tokens_A, of, rows)
         from teachers.kernels import draw as kernels
 
-        of = {name: setting[places] for name, setting in self.of.items()}
-        how = kernels.HowDrawn(
-            self.seeds[places], of["drawn"], of["temperature"], of["top_p"], of["top_k"], of["min_p"]
-        )
-        candidates = candidates or self._candidates(self.rows[places])
+        how = kernels.HowDrawn(of["seeds"], of["drawn"], of["temperature"], of["top_p"], of["top_k"], of["min_p"])
+        candidates = candidates or self._candidates(rows)
         capture = kernels.HowCaptured(of["k_max"], of["tail_bound"]) if candidates > 0 else None
-        return kernels.step(logits_AV, self.tokens[places], how, capture, abs(candidates))
+        packed_AW = kernels.step(logits_AV, tokens_A, how, capture, abs(candidates))
+        draws = self._tail_draws(rows) if tail_draws is None else tail_draws
+        if draws:
+            packed_AW = with_draws(packed_AW, logits_AV, draws, of["tail_draws"])
+        if self.runner.mesh and self.runner.mesh.tensor > 1:
+            tokens_A.copy_(self.runner.mesh.same(packed_AW)[:, 0])
+        return packed_AW
 
-    def _draw_plain(self, logits_AV: Tensor, places: slice) -> tuple[np.ndarray, Support | None]:
+    def _draw_plain(
+        self, logits_AV: Tensor, tokens_A: Tensor, of: dict[str, Tensor], rows: list[Row]
+    ) -> tuple[np.ndarray, Support | None]:
         """The law itself, distill.sampling, for rows of equal settings together."""
-        step, rows = StepLogits(logits_AV), self.rows[places]
-        uniform_A = torch.from_numpy(uniform(self.seeds[places].numpy(), self.of["drawn"][places].numpy()))
+        step = StepLogits(logits_AV)
+        uniform_A = torch.from_numpy(uniform(of["seeds"].numpy(), of["drawn"].numpy()))
         token_A = torch.empty(len(rows), dtype=torch.int64)
         for params in {replace(row.params, max_new_tokens=0, stop=()) for row in rows}:
             index = [a for a, row in enumerate(rows) if replace(row.params, max_new_tokens=0, stop=()) == params]
             token_A[index] = draw(step.rows(torch.tensor(index)), uniform_A[index], params)
-        self.tokens[places] = token_A.int()
-        k_max = max((row.capture.k_max for row in rows if row.capture), default=0)
-        if k_max == 0:
-            return token_A.numpy(), None
-        support = _no_support(len(rows), min(k_max, logits_AV.shape[1]))
+        tokens_A.copy_(token_A)
+        parts = []
         for spec in {row.capture for row in rows if row.capture}:
             index = torch.tensor([a for a, row in enumerate(rows) if row.capture == spec])
-            part = capture_support(step.rows(index), token_A[index], spec)
-            for name, whole in vars(support).items():
-                found = getattr(part, name)
-                if whole.dim() == 1:
-                    whole[index] = found
-                else:
-                    whole[index, : found.shape[1]] = found[:, : whole.shape[1]]
+            parts.append((index, capture_support(step.rows(index), token_A[index], spec)))
+        support = _joined(len(rows), parts) if parts else None
         return token_A.numpy(), support
 
     def _hand_out(self, result, rows: int) -> Drawn:
@@ -149,7 +191,7 @@ class Steps:
         read = to_host(result[:rows])
         return Drawn(rows, lambda: unpack(read()))
 
-    def _record(self, bucket: int, candidates: int) -> None:
+    def _record(self, bucket: int, candidates: int, tail_draws: int) -> None:
         """Records a step over `bucket` rows. The run that warms up has no active row, so it changes nothing."""
         active = int(self.active)
         self.active.fill_(0)
@@ -157,18 +199,25 @@ class Steps:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             tokens = self.tokens.clone()
-            self._advance(bucket, candidates)
+            self._advance(bucket, candidates, tail_draws)
             self.tokens.copy_(tokens)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.memory):
-            result = self._advance(bucket, candidates)
+        # Other threads may talk to the device meanwhile: NCCL's watches over its messages.
+        with torch.cuda.graph(graph, pool=self.memory, capture_error_mode="thread_local"):
+            result = self._advance(bucket, candidates, tail_draws)
         self.memory = graph.pool()
-        self.graphs[bucket, candidates] = graph, result
+        self.graphs[bucket, candidates, tail_draws] = graph, result
         self.active.fill_(active)
 
     def _device(self, array: np.ndarray) -> Tensor:
         return to_device(array, self.runner.device)
+
+
+def _asked(now: Pass) -> tuple[int, int, int]:
+    """(rows, candidates, draws from tails) of a step that ranks agreed on."""
+    width, captures, tail_draws = now.draws
+    return now.most, width if captures else -width, tail_draws
 
 
 def _settings(rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
@@ -176,6 +225,7 @@ def _settings(rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
     state = np.zeros((len(WHOLE) + len(FLOATS), len(rows)), dtype=np.int32)
     state[2] = [row.params.top_k for row in rows]
     state[3] = [row.capture.k_max if row.capture else 0 for row in rows]
+    state[4] = [row.capture.tail_draws if row.capture else 0 for row in rows]
     floats = state.view(np.float32)
     for i, name in enumerate(FLOATS[:3], len(WHOLE)):
         floats[i] = [getattr(row.params, name) for row in rows]
@@ -183,12 +233,28 @@ def _settings(rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
     return state, np.array([row.request.seed for row in rows], dtype=np.int64)
 
 
-def _no_support(rows: int, k: int) -> Support:
-    whole, real = torch.int32, torch.float32
-    return Support(
-        torch.zeros(rows, k, dtype=whole), torch.zeros(rows, k, dtype=real), torch.zeros(rows, dtype=whole),
-        torch.zeros(rows, dtype=real), torch.zeros(rows, dtype=real),
+def _joined(rows: int, parts: list[tuple[Tensor, Support]]) -> Support:
+    """The supports of parts of the rows as one; rows of no part have none."""
+    width = max(part.ids_AK.shape[1] for _, part in parts)
+    whole = Support(
+        torch.zeros(rows, width, dtype=torch.int32), torch.zeros(rows, width), torch.zeros(rows, dtype=torch.int32),
+        torch.zeros(rows), torch.zeros(rows),
     )  # fmt: skip
+    for index, part in parts:
+        for name, column in vars(whole).items():
+            found = getattr(part, name)
+            if column.dim() == 1:
+                column[index] = found
+            else:
+                column[index, : found.shape[1]] = found
+    return whole
+
+
+def rows_of(support: Support | None, rows: Sequence[int], whole: int) -> Support | None:
+    """The supports of some of the `whole` rows."""
+    if support is None or len(rows) == whole:
+        return support
+    return Support(*(part[rows] for part in vars(support).values()))
 
 
 def unpack(packed_AW: Tensor) -> tuple[np.ndarray, Support | None]:
@@ -196,10 +262,7 @@ def unpack(packed_AW: Tensor) -> tuple[np.ndarray, Support | None]:
     tokens_A = packed_AW[:, 0].numpy()
     if packed_AW.shape[1] == 1:
         return tokens_A, None
-    k = (packed_AW.shape[1] - 4) // 2
-    floats_AW = packed_AW.view(torch.float32)
-    support = Support(packed_AW[:, 4 : 4 + k], floats_AW[:, 4 + k :], packed_AW[:, 1], floats_AW[:, 2], floats_AW[:, 3])
-    return tokens_A, support
+    return tokens_A, support_of(packed_AW)
 
 
 def _bucket(rows: int) -> int:

@@ -28,7 +28,7 @@ def render_page(report: dict) -> str:
         ("families", "Accuracy by family and level", page.groups()),
         ("training", "Training", page.training()),
         ("lengths", "Length of completions", page.lengths()),
-        ("agreement", "Agreement with the teacher, token by token", page.agreement()),
+        ("agreement", "Agreement with the teacher", page.agreement()),
         ("retention", "Retention of the base's abilities", page.retention()),
         ("rejected", "Traces kept and rejected", page.rejected()),
         ("examples", "Traces side by side", page.examples()),
@@ -49,8 +49,8 @@ def render_page(report: dict) -> str:
 
 # Each chart of agreement by position: field, label, how a table cell and an axis write it, bounds of the axis.
 _POSITION_CHARTS = (
-    ("kl_per_token", "KL(teacher ‖ student), nats per token", ui.plain_interval, svg.number, {"y_low": 0.0}),
-    ("top1", "same most likely token", ui.interval, svg.percent, {"y_high": 1.0}),
+    ("bits_per_byte", "KL(teacher ‖ student), bits per byte", ui.plain_interval, svg.number, {"y_low": 0.0}),
+    ("top1", "same most likely outcome", ui.interval, svg.percent, {"y_high": 1.0}),
 )
 _CURVES = {
     "loss": "Loss, nats per token",
@@ -230,28 +230,24 @@ class _Page:
             return ""
         head = [
             "Student",
-            "KL(teacher ‖ student), nats per token",
-            "nats per byte",
-            "Same most likely token",
+            "KL(teacher ‖ student), bits per byte",
+            "nats per token",
+            "Same most likely outcome",
             "Traces",
             "Tokens",
+            "Measured",
         ]
         cells = []
         for row in rows:
-            if row["reason"]:
-                cells.append(
-                    [self.look.who(row["student"]), f"<small>not measured: {escape(row['reason'])}</small>", *[""] * 4]
-                )
-                continue
-            values = [ui.plain_interval(row["kl_per_token"]), ui.plain_interval(row["kl_per_byte"])]
-            values.append(ui.interval(row["top1"]))
-            cells.append([self.look.who(row["student"]), *values, f"{row['traces']}", f"{row['tokens']:,}"])
-        measured = [row for row in rows if row["by_position"]]
-        charts = "".join(self._by_position(measured, *what) for what in _POSITION_CHARTS) if measured else ""
+            values = [ui.plain_interval(row["bits_per_byte"]), ui.plain_interval(row["kl_per_token"])]
+            values += [ui.interval(row["top1"]), f"{row['traces']}", f"{row['tokens']:,}"]
+            cells.append([self.look.who(row["student"]), *values, ui.percent(row["covered_share"])])
+        charts = "".join(self._by_position(rows, *what) for what in _POSITION_CHARTS)
         return (
             '<p class="soft">On completions the teacher wrote for held-out prompts; intervals are clustered by '
-            "completion.</p>"
-            f'<div class="panel">{ui.table(head, cells)}</div><div class="pair">{charts}</div>'
+            "completion. Where a student has another tokenizer, an outcome is a set of its tokens, tokens are its own, "
+            "and bits per byte are what compares.</p>"
+            f'<div class="panel">{ui.table(head, cells)}</div><div class="pair">{charts}</div>{self._coverage(rows)}'
         )
 
     def _by_position(self, rows: list[dict], key: str, label: str, write, axis, bounds: dict) -> str:
@@ -261,7 +257,7 @@ class _Page:
         ]
         chart = svg.curves(
             series,
-            x_label="position in the completion, tokens",
+            x_label="position in the completion, bytes",
             y_label=label,
             title=label,
             log_x=True,
@@ -270,13 +266,26 @@ class _Page:
             width=480,
             **bounds,
         )
-        longest = max((row["by_position"] for row in rows), key=len)
-        cells = [
-            [_range(b), *(write(row["by_position"][i][key] if i < len(row["by_position"]) else None) for row in rows)]
-            for i, b in enumerate(longest)
-        ]
-        table = ui.details("Table", ui.table(["Position", *(escape(row["student"]) for row in rows)], cells))
+        ranges = {b["from"]: _range(b) for row in rows for b in row["by_position"]}
+        found = [{b["from"]: b[key] for b in row["by_position"]} for row in rows]
+        cells = [[ranges[low], *(write(each.get(low)) for each in found)] for low in sorted(ranges)]
+        table = ui.details("Table", ui.table(["Bytes before", *(escape(row["student"]) for row in rows)], cells))
         return f'<div class="panel">{chart}{table}</div>'
+
+    def _coverage(self, rows: list[dict]) -> str:
+        """Which positions have no distribution and why, of students whose tokens are not the teacher's."""
+        parts = []
+        for row in rows:
+            kinds = [kind for kind in row["coverage"][-1] if kind != "text"]
+            if row["covered_share"] == 1 and not row["coverage"][-1]["inner"]:
+                continue
+            cells = []
+            for line in row["coverage"]:
+                total = sum(line[kind] for kind in kinds)
+                cells.append([escape(line["text"]), f"{total:,}", *(ui.percent(line[kind] / total) for kind in kinds)])
+            table = ui.table(["Text", "Positions", *kinds], cells, total=True)
+            parts.append(ui.details(f"Table: positions of {row['student']} by what is known of them", table))
+        return "".join(parts)
 
     def retention(self) -> str:
         rows = self.report["retention"]

@@ -75,9 +75,9 @@ def agreement_file(candidate: Candidate) -> str:
 
 
 def read_agreement(eval_dir: Path, candidate: Candidate) -> dict | None:
-    """A student's row; None when there is none, or it was measured on other weights."""
+    """A student's row; None when there is none, or it was measured on other weights or in another way."""
     row = _read_json_or(eval_dir / agreement_file(candidate), {})
-    return row if row and row["fingerprint"] == candidate.fingerprint else None
+    return row if "bits_per_byte" in row and row["fingerprint"] == candidate.fingerprint else None
 
 
 def read_log(path: Path) -> list[dict]:

@@ -11,14 +11,16 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from distill import tokens
+from distill.align_report import coverage_text
+from distill.align_tables import default_cache_dir
 from distill.dist import Ranks
-from distill.evals.agreement import StudentScore, agreement, teacher_traces
+from distill.evals.agreement import StudentScore, agreement
 from distill.evals.harness import Grader, Sampler, evaluate, is_evaluated
 from distill.evals.results import Candidate
 from distill.evals.retention import SET_NAME as RETENTION
 from distill.evals.retention import retention_params
 from distill.evals.run_files import agreement_file, read_agreement
+from distill.evals.teacher_text import teacher_traces
 from distill.records import CaptureSpec, Prompt, SamplingParams
 from distill.split import Split
 from distill.store import StageFolder
@@ -66,7 +68,8 @@ class Suite:
 def run_suite(suite: Suite, entrants: Sequence[Entrant], folder: StageFolder, grader: Grader, ranks: Ranks) -> None:
     """Fills the opened eval folder with every result that is missing; called by all ranks.
 
-    The teacher goes first: students are measured on its completions. Agreement is taken on rank 0 alone.
+    The teacher goes first: students are measured on its completions. Agreement is taken on rank 0 alone, with the ranks
+    that hold the student together with it.
     """
     order = {"teacher": 0, "base": 1, "student": 2}
     entrants = sorted(entrants, key=lambda entrant: order[entrant.candidate.role])
@@ -81,9 +84,6 @@ def _run_entrant(
 ) -> None:
     sets = _sets(suite, entrant.candidate.role)
     missing = ranks.on_main(lambda: [s for s in sets if not is_evaluated(entrant.candidate, folder, **sets[s])])
-    if teacher and tokens.fingerprint(teacher.tokenizer) != tokens.fingerprint(entrant.tokenizer):
-        ranks.on_main(lambda: _measure(suite, entrant, teacher, None, folder))  # says why, needs no weights
-        teacher = None
     scored = teacher is None or ranks.on_main(lambda: read_agreement(folder.path, entrant.candidate) is not None)
     if not missing and scored:
         return
@@ -103,8 +103,12 @@ def _run_entrant(
                 barrier=ranks.barrier,
                 **sets[name],
             )
-        if not scored:
+        if not scored and split.size == 1:
             ranks.on_main(lambda: _measure(suite, entrant, teacher, model.score, folder))
+        elif not scored:  # the ranks that hold the first copy compute it together
+            if ranks.rank < split.size:
+                _measure(suite, entrant, teacher, model.score, folder, writes=ranks.is_main)
+            ranks.barrier()
 
 
 def _sets(suite: Suite, role: str) -> dict[str, dict]:
@@ -120,13 +124,20 @@ def _sets(suite: Suite, role: str) -> dict[str, dict]:
     return sets
 
 
-def _measure(suite: Suite, entrant: Entrant, teacher: Entrant, score: StudentScore | None, folder: StageFolder) -> None:
+def _measure(
+    suite: Suite, entrant: Entrant, teacher: Entrant, score: StudentScore, folder: StageFolder, writes: bool = True
+) -> None:
     row = agreement(
         entrant.candidate.name,
-        teacher_traces(folder, teacher.candidate.name, suite.agreement_traces) if score else [],
+        teacher_traces(folder, teacher.candidate.name, suite.agreement_traces),
         score,
-        teacher_fingerprint=tokens.fingerprint(teacher.tokenizer),
-        student_fingerprint=tokens.fingerprint(entrant.tokenizer),
+        teacher=teacher.tokenizer,
+        own=entrant.tokenizer,
         confidence=suite.confidence,
+        tables_dir=default_cache_dir(),
     )
+    if not writes:
+        return
+    if row["covered_share"] < 1:
+        print(f"what is known of {row['student']}'s tokens of the teacher's text:\n{coverage_text(row['coverage'])}")
     folder.write_json(agreement_file(entrant.candidate), {**row, "fingerprint": entrant.candidate.fingerprint})

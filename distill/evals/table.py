@@ -16,18 +16,20 @@ def render_table(report: dict) -> str:
     """The main figures as aligned plain text: one line a model, then why a gap is undefined, if one is."""
     confidence = f"{100 * report['run']['confidence']:g}% CI"
     head = ("model", f"pass@1 [{confidence}]", "mean tokens", "truncated", f"gap recovered [{confidence}]")
-    rows = [(*head, "p vs base", "p vs response")]
+    rows = [(*head, "KL bits/byte", "same top-1", "p vs base", "p vs response")]
+    close = {row["student"]: row for row in report["agreement"]}
     gaps = {row["student"]: row for row in report["gap_recovered"]}
     for model in report["models"]:
         name = f"{model['name']} ({model['role']})"
         interval = percent_interval(model["pass_at_1"], model["ci_low"], model["ci_high"])
         gap = gaps.get(model["name"])
         gap_text = "" if gap is None else percent_interval(gap["value"], gap["ci_low"], gap["ci_high"])
+        length = (f"{model['mean_tokens']:.1f}", f"{model['truncated_share']:.1%}")
+        near = close.get(model["name"])
+        agreement = (f"{near['bits_per_byte']['value']:.4f}", f"{near['top1']['value']:.1%}") if near else ("", "")
         tests = [p_value_text(p_against(report, model, kind)) for kind in ("base", "response")]
-        rows.append(
-            (name, interval, f"{model['mean_tokens']:.1f}", f"{model['truncated_share']:.1%}", gap_text, *tests)
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head) + 2)]
+        rows.append((name, interval, *length, gap_text, *agreement, *tests))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
     lines += [f"gap of {row['student']} undefined: {row['reason']}" for row in gaps.values() if row["value"] is None]

@@ -59,6 +59,8 @@ def distill_loss(
     chunk_tokens: int | None = None,
     accumulate: torch.dtype | None = None,
     z_loss: float = 0.0,
+    set_N: Tensor | None = None,
+    set_losses_S: Tensor | None = None,
 ) -> tuple[Tensor, LossMetrics]:
     """(loss, metrics): the scalar loss with a graph to hidden, head and bias, and detached sums over the valid tokens.
 
@@ -72,7 +74,8 @@ def distill_loss(
     are padding and get neither mass nor gradient. beta, divergence, temperature: divergence.py. chunk_tokens: tokens
     whose logits (on a GPU: their gradients) exist at a time; changes memory and speed, not the result. accumulate:
     dtype in which the head's gradient adds up over chunks, float32 if there are several; the head's own half precision
-    saves memory and rounds once a chunk.
+    saves memory and rounds once a chunk. set_N, set_losses_S: the loss taken apart: what token n adds to it is also
+    added, in place, to entry set_N[n] (int64 [N]) of the float64 set_losses_S.
 
     Ignored tokens cost nothing, and a batch of them alone gives a zero loss with a graph. The graph may be walked once
     per call; second derivatives do not exist.
@@ -82,7 +85,7 @@ def distill_loss(
     job = _make_job(
         hidden_NH, head_VH, bias_V, labels_N, targets, alpha, normalizer, weights_N, vocab_size, chunk_tokens,
         accumulate, divergence=divergence, beta=beta, temperature=temperature, z_loss=z_loss, logit_scale=logit_scale,
-        softcap=softcap,
+        softcap=softcap, set_N=set_N, set_losses_S=set_losses_S,
     )  # fmt: skip
     loss, sums_M = _HeadLoss.apply(hidden_NH, head_VH, bias_V, job)
     return loss, LossMetrics.from_tensor(sums_M)
@@ -146,10 +149,10 @@ def _sizes(vocab_size: int, chunk_tokens: int | None, itemsize: int, kernels: bo
 
 def _alpha_per_token(alpha: float | Tensor, labels_N: Tensor, targets, dtype: torch.dtype) -> Tensor:
     if isinstance(alpha, Tensor):
-        alpha_N = alpha.to(labels_N.device, dtype).expand(labels_N.shape)
+        alpha_N = alpha.to(labels_N.device, dtype, non_blocking=True).expand(labels_N.shape)
         if labels_N.numel() == 0:
             return alpha_N
-        low, high = alpha_N.min().item(), alpha_N.max().item()
+        low, high = alpha.min().item(), alpha.max().item()  # where it lies: on the CPU this waits for nothing
     else:  # a number is looked at here: on a GPU asking a tensor would wait for everything before it
         alpha_N = torch.full(labels_N.shape, float(alpha), dtype=dtype, device=labels_N.device)
         low = high = float(alpha)

@@ -48,6 +48,8 @@ class Job:
     accumulate: torch.dtype  # in which the head's gradient adds up over chunks
     unit: float  # a power of two by which loss and gradients are too large until they are handed out
     needs_grad: tuple[bool, bool, bool] = field(default=(False, False, False))  # hidden, head, bias
+    set_N: Tensor | None = None  # which entry of set_losses_S each token's share of the loss is added to
+    set_losses_S: Tensor | None = None
 
     def valid(self) -> tuple["Job", Tensor | None]:
         """This job over its valid tokens alone, and their positions; itself and None where all are valid."""
@@ -59,7 +61,8 @@ class Job:
             targets = targets.rows(rows)
         elif targets is not None:
             targets = replace(targets, hidden_NG=targets.hidden_NG[rows])
-        columns = {name: getattr(self, name)[rows] for name in ("labels_N", "scale_N", "alpha_N")}
+        names = ("labels_N", "scale_N", "alpha_N", *(("set_N",) if self.set_N is not None else ()))
+        columns = {name: getattr(self, name)[rows] for name in names}
         return replace(self, targets=targets, **columns), rows
 
     def mix(self, value_C: Tensor, ce_C: Tensor, lse_C: Tensor, part: slice) -> Tensor:
@@ -68,7 +71,13 @@ class Job:
         loss_C = alpha_C * value_C + (1 - alpha_C) * ce_C
         if self.z_loss:
             loss_C = loss_C + self.z_loss * lse_C.square()
-        return (scale_C * loss_C).sum()
+        return self.total(scale_C * loss_C, part)
+
+    def total(self, loss_C: Tensor, part: slice) -> Tensor:
+        """The sum over a chunk of what each token adds to the loss; also taken apart by set where the call asks."""
+        if self.set_N is not None:
+            self.set_losses_S.index_add_(0, self.set_N[part], loss_C.double() / self.unit)
+        return loss_C.sum()
 
     def coefficients(self, lse_C: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
         """What the gradient to the logits takes times dD/dz, times p, and off at the label: each [C, 1]."""

@@ -132,6 +132,8 @@ def _usual(rest: "KernelRest", targets: SparseTargets, part: slice, job: Job, st
     if stash is not None:
         rest.write(*grads, stash, first_row)
     sums_M = per_token_CM.sum(0, dtype=torch.float64)
+    if job.set_N is not None:
+        job.total(per_token_CM[:, -1], part)
     return sums_M[-1], sums_M[:-1]
 
 

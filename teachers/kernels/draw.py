@@ -1,8 +1,8 @@
 """Draws a token and captures its distribution on the GPU, by the law of distill.sampling, without waiting for the host.
 
-One pass over the logits finds the candidates (the K most likely tokens), one sums everything outside them; what is left
-is one small program a row. Rows whose nucleus is larger than the candidates go through teachers.kernels.wide. Sums are
-float64; weights are fp32 exponentials of fp32 logits, as in distill.sampling.
+One pass over the logits finds the candidates (the K most likely tokens), one sums everything outside them (without a
+draw the first does both); what is left is one small program a row. Rows whose nucleus is larger than the candidates go
+through teachers.kernels.wide. Sums are float64; weights are fp32 exponentials of fp32 logits, as in distill.sampling.
 
 The result of a step is one int32 tensor [A, 4 + 2K], so that one copy brings it to the host: token, support size, bits
 of the tail mass, bits of the logsumexp, K ids, bits of K log-probabilities.
@@ -18,62 +18,21 @@ import triton.language as tl
 from torch import Tensor
 
 from teachers.kernels import wide
-from teachers.kernels.law import from_key, key, pick, uniform, weight
+from teachers.kernels.candidates import columns_of, search
+from teachers.kernels.law import pick, uniform, weight
 
 CHUNK = 2048  # vocabulary entries summed by one program
-DEPTH = 32  # entries of a column whose maximum stands for it in the search for the candidates
 HEADER = 4
 LARGEST_K = 256  # candidates of a step at most
 
 
-@triton.jit
-def _columns(logits, maxima, stride, V, WIDTH, DEPTH: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    w = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    best = tl.full([BLOCK], float("-inf"), tl.float32)
-    for depth in tl.static_range(DEPTH):
-        at = depth * WIDTH + w
-        best = tl.maximum(best, tl.load(logits + row * stride + at, mask=(w < WIDTH) & (at < V), other=float("-inf")))
-    tl.store(maxima + row * WIDTH + w, best, mask=w < WIDTH)
-
-
-@triton.jit
-def _best(logits, maxima, values, ids, stride, V, WIDTH, WIDTH2: tl.constexpr, K: tl.constexpr, DEPTH: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    w, k = tl.arange(0, WIDTH2), tl.arange(0, K)
-    maximum = tl.load(maxima + row * WIDTH + w, mask=w < WIDTH, other=float("-inf"))
-    # A logit and its place in one integer: equal logits come in order of id.
-    top = tl.topk((key(maximum).to(tl.int64) << 32) | (0x7FFFFFFF - w).to(tl.int64), K)
-    column = 0x7FFFFFFF - (top & 0x7FFFFFFF).to(tl.int32)
-    at = column[:, None] + tl.arange(0, DEPTH)[None, :] * WIDTH
-    logit = tl.load(logits + row * stride + at, mask=at < V, other=float("-inf"))
-    inside = (key(logit).to(tl.int64) << 32) | (0x7FFFFFFF - at).to(tl.int64)
-    top = tl.topk(tl.reshape(inside, [K * DEPTH]), K)
-    tl.store(values + row * K + k, from_key(top >> 32))
-    tl.store(ids + row * K + k, 0x7FFFFFFF - (top & 0x7FFFFFFF).to(tl.int32))
-
-
 def candidates(logits_AV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest logits of each row, largest first, and their ids: the columns with the k largest maxima hold them.
-
-    Columns are ids w, w + WIDTH, w + 2 WIDTH, ...: the sorts run over V / DEPTH and k * DEPTH entries, not V.
-    """
-    rows, vocab = logits_AV.shape
-    width = triton.cdiv(triton.cdiv(vocab, DEPTH), 16) * 16  # a multiple of 16 numbers: wide reads
-    if width < 2 * k or vocab <= DEPTH * 16:
-        values_AK, ids_AK = logits_AV.topk(min(k, vocab))
+    """The k largest logits of each row, largest first, and their ids."""
+    width = columns_of(logits_AV.shape[1], k)
+    if width is None:
+        values_AK, ids_AK = logits_AV.topk(min(k, logits_AV.shape[1]))
         return values_AK, ids_AK.int()
-    maxima_AW, stride = logits_AV.new_empty(rows, width), logits_AV.stride(0)
-    values_AK = logits_AV.new_empty(rows, k)
-    ids_AK = torch.empty(rows, k, dtype=torch.int32, device=logits_AV.device)
-    _columns[(rows, triton.cdiv(width, 512))](
-        logits_AV, maxima_AW, stride, vocab, width, DEPTH=DEPTH, BLOCK=512, num_warps=4
-    )
-    _best[(rows,)](
-        logits_AV, maxima_AW, values_AK, ids_AK, stride, vocab, width, WIDTH2=triton.next_power_of_2(width), K=k,
-        DEPTH=DEPTH, num_warps=8,
-    )  # fmt: skip
-    return values_AK, ids_AK
+    return search(logits_AV, k, width, with_rest=False)[:2]
 
 
 @triton.jit
@@ -221,6 +180,9 @@ def step(logits_AV: Tensor, tokens_A: Tensor, how: HowDrawn | None, capture: How
     rows, vocab = logits_AV.shape
     stride, chunks = logits_AV.stride(0), triton.cdiv(vocab, CHUNK)
     shape = {"K": k, "C2": triton.next_power_of_2(chunks)}
+    if how is None and (width := columns_of(vocab, k)):  # one read of the logits is enough
+        values_AK, ids_AK, outside_A, ties_A = search(logits_AV, k, width, with_rest=True)
+        return pack(logits_AV, values_AK, ids_AK, outside_A.unsqueeze(1), ties_A.unsqueeze(1), tokens_A, capture)
     values_AK, ids_AK = candidates(logits_AV, k)
     new = lambda dtype: torch.empty(rows, chunks, dtype=dtype, device=logits_AV.device)  # noqa: E731
     outside_AC, ties_AC, drawable_AC = new(torch.float64), new(torch.int32), new(torch.float64)
@@ -239,9 +201,18 @@ def step(logits_AV: Tensor, tokens_A: Tensor, how: HowDrawn | None, capture: How
             wide.draw(logits_AV, values_AK, drawable_AC, params, tokens_A, pending_A, CHUNK)
     if capture is None:
         return tokens_A.unsqueeze(1)
+    return pack(logits_AV, values_AK, ids_AK, outside_AC, ties_AC, tokens_A, capture)
+
+
+def pack(
+    logits_AV: Tensor, values_AK: Tensor, ids_AK: Tensor, outside_AC: Tensor, ties_AC: Tensor, tokens_A: Tensor,
+    capture: HowCaptured,
+) -> Tensor:  # fmt: skip
+    """The packed result [A, 4 + 2K] from the candidates and, by chunk, the mass below the last of them and its ties."""
+    (rows, vocab), (k, chunks) = logits_AV.shape, (values_AK.shape[1], outside_AC.shape[1])
     packed_AW = torch.empty(rows, HEADER + 2 * k, dtype=torch.int32, device=logits_AV.device)
     _capture[(rows,)](
         logits_AV, values_AK, ids_AK, outside_AC, ties_AC, tokens_A, capture.tail_bound_A, capture.k_max_A, packed_AW,
-        stride, vocab, chunks, **shape, num_warps=4,
+        logits_AV.stride(0), vocab, chunks, K=k, C2=triton.next_power_of_2(chunks), num_warps=4,
     )  # fmt: skip
     return packed_AW

@@ -64,6 +64,26 @@ def add_norm(
 
 
 @triton.jit
+def _combine(parts, chosen, out, X, E, K: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for k in tl.static_range(K):
+        size = tl.where(tl.load(chosen + row * K + k) < X, E, 0)
+        total += tl.load(parts + (row * K + k) * E + e, mask=e < size, other=0.0).to(tl.float32)
+    tl.store(out + row * E + e, total.to(out.dtype.element_ty), mask=e < E)
+
+
+def combine(out_TKE: Tensor, chosen_TK: Tensor, experts: int) -> Tensor:
+    """[T, E]: the sum of each token's outputs, without those of choices that are none of the `experts`."""
+    tokens, top_k, size = out_TKE.shape
+    sum_TE = out_TKE.new_empty(tokens, size)
+    block = min(1024, triton.next_power_of_2(size))
+    _combine[(tokens, triton.cdiv(size, block))](out_TKE, chosen_TK, sum_TE, experts, size, K=top_k, BLOCK=block)
+    return sum_TE
+
+
+@triton.jit
 def _silu_mul(gate_up, out, F, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

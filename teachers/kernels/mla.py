@@ -83,7 +83,7 @@ def _attend(
 
 
 @triton.jit
-def _join(parts, sums, mixed, H, SPLITS: tl.constexpr, SPLITS2: tl.constexpr, R: tl.constexpr):
+def join(parts, sums, mixed, H, SPLITS: tl.constexpr, SPLITS2: tl.constexpr, R: tl.constexpr):
     row, h, r = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, R)
     s = tl.arange(0, SPLITS2)
     logs = tl.load(sums + (row * SPLITS + s) * H + h, mask=s < SPLITS, other=float("-inf"))
@@ -133,7 +133,7 @@ def mla_decode(query_AHL: Tensor, pool_GTL: Tensor, tables_AG: Tensor, lengths_A
         num_warps=tiles.num_warps,
     )
     if not direct:
-        _join[(rows, heads)](
+        join[(rows, heads)](
             parts, sums, mixed_AHR, heads, SPLITS=splits, SPLITS2=triton.next_power_of_2(splits), R=rank, num_warps=4
         )
     return mixed_AHR

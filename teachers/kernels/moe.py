@@ -1,4 +1,4 @@
-"""Routing and experts: the choice of experts, assignments grouped by expert, two grouped products.
+"""Experts: assignments grouped by expert, two grouped products.
 
 An assignment is one (token, choice) pair, a = token * K + choice. Work items are stretches of `rows`, a list of
 assignments grouped by expert: a whole expert when few tokens are decoded, so that its weights are read once, or at most
@@ -15,10 +15,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from teachers.kernels.chip import is_roomy
+from teachers.scaled import BLOCK, ScaledWeights
 
 
 @dataclass(frozen=True)
@@ -47,121 +47,9 @@ DOWN_TILES = {
 }
 FLOAT32_TILES = Tiles(32, 32, 32, 4, 2)  # for tests: speed does not matter
 SMALL_TILES = Tiles(128, 64, 64, 4, 3)  # of a prefill where there is less shared memory
-SMALL_STEP = 512  # tokens of a decode step, where a kernel's latency counts more than its work
-ROUTER_ROWS, ROUTER_PARTS = 16, 8  # a decode step splits the router's product over its inputs
 SMALL_ASSIGNMENTS = 4096  # grouped by one small kernel; more go through a sort
+WIDENED_FROM = 128  # rows of a work item from which FP8 weights are widened once, not anew in each work item
 GROUP = 16  # work items of a prefill that share a pass over the weights
-
-
-@triton.jit
-def _route_parts(
-    x, gate, parts, T, E, EACH, X: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr
-):
-    t = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    experts, e = tl.arange(0, X), tl.arange(0, BLOCK_E)
-    first = tl.program_id(1) * EACH
-    logits = tl.zeros([BLOCK_M, X], tl.float32)
-    for start in tl.range(first, tl.minimum(first + EACH, E), BLOCK_E, num_stages=3):
-        inside = (start + e) < E
-        x_ME = tl.load(x + t[:, None] * E + start + e[None, :], mask=(t < T)[:, None] & inside[None, :], other=0.0)
-        gate_XE = tl.load(gate + experts[:, None] * E + start + e[None, :], mask=inside[None, :], other=0.0)
-        logits = tl.dot(x_ME, tl.trans(gate_XE), logits, input_precision=PRECISION)
-    to = parts + (tl.program_id(1) * T + t[:, None]) * X + experts[None, :]
-    tl.store(to, logits, mask=(t < T)[:, None])
-
-
-@triton.jit
-def _choose(
-    parts, bias, chosen, weights, active, T, scale, PARTS: tl.constexpr, X: tl.constexpr, K: tl.constexpr,
-    GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, NORMED: tl.constexpr, AT_ONCE: tl.constexpr,
-):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64)
-    x = tl.arange(0, X)
-    logits = tl.zeros([X], tl.float32)
-    for part in tl.static_range(PARTS):
-        logits += tl.load(parts + (part * T + t) * X + x)
-    scores = 1 / (1 + tl.exp(-logits))
-    choice = scores + tl.load(bias + x)
-    if TOP_GROUPS < GROUPS:
-        choice_GS = tl.reshape(choice, [GROUPS, X // GROUPS])
-        s, g = tl.arange(0, X // GROUPS)[None, :], tl.arange(0, GROUPS)
-        best = tl.max(choice_GS, 1)
-        where = tl.argmax(choice_GS, 1)
-        second = tl.max(tl.where(s == where[:, None], float("-inf"), choice_GS), 1)
-        total = best + second
-        ahead = (total[None, :] > total[:, None]) | ((total[None, :] == total[:, None]) & (g[None, :] < g[:, None]))
-        is_open = tl.sum(ahead.to(tl.int32), 1) < TOP_GROUPS
-        choice = tl.reshape(tl.where(is_open[:, None], choice_GS, float("-inf")), [X])
-    if AT_ONCE:
-        # The place of an expert is the number of those ahead of it: more work, but no step waits for the one before.
-        ahead = (choice[None, :] > choice[:, None]) | ((choice[None, :] == choice[:, None]) & (x[None, :] < x[:, None]))
-        place = tl.sum(ahead.to(tl.int32), 1)
-    else:
-        place = tl.full([X], K, tl.int32)
-        for k in tl.static_range(K):
-            top = tl.argmax(choice, 0)
-            place = tl.where(x == top, k, place)
-            choice = tl.where(x == top, float("-inf"), choice)
-    mine = place < K
-    if NORMED:
-        scores = scores / (tl.sum(tl.where(mine, scores, 0.0), 0) + 1e-20)
-    ids = tl.where(t < tl.load(active), x, X)
-    tl.store(chosen + t * K + place, ids, mask=mine)
-    tl.store(weights + t * K + place, scores * scale, mask=mine)
-
-
-def route(
-    x_TE: Tensor,
-    gate_XE: Tensor,
-    bias_X: Tensor,
-    active_1: Tensor,
-    *,
-    top_k: int,
-    groups: int,
-    top_groups: int,
-    normed: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Expert ids (int32) and weights (fp32) [T, K]; rows from active_1 on get the id X, which no expert has."""
-    tokens, experts = x_TE.shape[0], gate_XE.shape[0]
-    chosen_TK = torch.empty(tokens, top_k, dtype=torch.int32, device=x_TE.device)
-    weight_TK = torch.empty(tokens, top_k, dtype=torch.float32, device=x_TE.device)
-    parts_STX = _router_logits(x_TE, gate_XE)
-    _choose[(tokens,)](
-        parts_STX,
-        bias_X,
-        chosen_TK,
-        weight_TK,
-        active_1,
-        tokens,
-        scale,
-        PARTS=len(parts_STX),
-        X=experts,
-        K=top_k,
-        GROUPS=groups,
-        TOP_GROUPS=top_groups,
-        NORMED=normed,
-        AT_ONCE=tokens <= SMALL_STEP and experts <= 64,
-        num_warps=2 if tokens <= SMALL_STEP else 1,
-    )
-    return chosen_TK, weight_TK
-
-
-def _router_logits(x_TE: Tensor, gate_XE: Tensor) -> Tensor:
-    """fp32 [S, T, X], to be summed over S. Products of two bfloat16 are exact in fp32: the router of the reference."""
-    (tokens, size), experts = x_TE.shape, gate_XE.shape[0]
-    if x_TE.dtype != torch.bfloat16 or gate_XE.dtype != torch.bfloat16 or experts < 16:
-        return F.linear(x_TE.float(), gate_XE.float()).unsqueeze(0)
-    if tokens > SMALL_STEP:
-        return torch.mm(x_TE, gate_XE.t(), out_dtype=torch.float32).unsqueeze(0)
-    parts = ROUTER_PARTS if size >= 128 * ROUTER_PARTS else 1
-    parts_STX = torch.empty(parts, tokens, experts, dtype=torch.float32, device=x_TE.device)
-    each = triton.cdiv(triton.cdiv(size, parts), 128) * 128
-    _route_parts[(triton.cdiv(tokens, ROUTER_ROWS), parts)](
-        x_TE, gate_XE, parts_STX, tokens, size, each, X=experts, BLOCK_M=ROUTER_ROWS, BLOCK_E=128, PRECISION="ieee",
-        num_warps=4,
-    )  # fmt: skip
-    return parts_STX
 
 
 @dataclass
@@ -199,14 +87,15 @@ def _group_small(
         tl.store(count, tl.sum(used.to(tl.int32), 0))
 
 
-def group(chosen_TK: Tensor, gate_up: Tensor) -> Work:
+def group(chosen_TK: Tensor, gate_up: Tensor, of: int | None = None) -> Work:
     """The assignments by expert: one work item an expert when there are few, else one for every block of them.
 
-    A token's choices differ. gate_up: [X, 2F, E], the experts' first weights.
+    A token's choices differ. gate_up: [X, 2F, E], the experts' first weights. of: how many experts share the
+    assignments, where others than these X do.
     """
     (tokens, top_k), experts = chosen_TK.shape, len(gate_up)
     total, device = tokens * top_k, chosen_TK.device
-    tiles = tuple(_tiles(table, total / experts, gate_up) for table in (UP_TILES, DOWN_TILES))
+    tiles = tuple(_tiles(table, total / (of or experts), gate_up) for table in (UP_TILES, DOWN_TILES))
     if total > SMALL_ASSIGNMENTS:
         return _group_large(chosen_TK, experts, tiles)
     items = min(experts, total)
@@ -253,9 +142,9 @@ def _group_large(chosen_TK: Tensor, experts: int, tiles: tuple[Tiles, Tiles]) ->
 
 @triton.jit
 def _grouped(
-    x, w, out, weights, rows, expert_of, start_of, size_of, count, W, IN, OUT, ITEMS, TOP_K: tl.constexpr,
-    GATED: tl.constexpr, DESCRIBED: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    x, w, scales, out, weights, rows, expert_of, start_of, size_of, count, W, IN, OUT, ITEMS, TOP_K: tl.constexpr,
+    GATED: tl.constexpr, DESCRIBED: tl.constexpr, SCALED: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Items of a group stand next to each other for one tile of outputs: they share reads of the weights in L2.
     pid, tiles = tl.program_id(0), tl.cdiv(OUT, BLOCK_N)
@@ -273,6 +162,10 @@ def _grouped(
     if not DESCRIBED:
         row_N = first_row.to(tl.int64) + (n if WHOLE else tl.minimum(n, OUT - 1))
         w_NK = w + row_N[:, None] * IN + k[None, :]
+    if SCALED:  # a factor for each block of SCALED x SCALED weights, gate above up
+        blocks = tl.cdiv(OUT, SCALED)
+        row_N = expert * (2 * blocks if GATED else blocks) + tl.minimum(n, OUT - 1) // SCALED
+        scale_N = scales + row_N * tl.cdiv(IN, SCALED)
     for first in range(0, size, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
         a = tl.load(rows + start + m, mask=m < size, other=0).to(tl.int64)
@@ -297,7 +190,11 @@ def _grouped(
                 w_tile = tl.load(w_NK + at)
             else:
                 w_tile = tl.load(w_NK + at, mask=inside, other=0.0)
-            acc = tl.dot(x_tile, tl.trans(w_tile), acc, input_precision=PRECISION)
+            if SCALED:
+                part = tl.dot(x_tile, tl.trans(w_tile).to(x_tile.dtype), input_precision=PRECISION)
+                acc += part * tl.load(scale_N + at // SCALED)[None, :]
+            else:
+                acc = tl.dot(x_tile, tl.trans(w_tile), acc, input_precision=PRECISION)
             if GATED:
                 if DESCRIBED:
                     up_tile = w.load([first_row + OUT + tile * BLOCK_N, at])
@@ -305,7 +202,11 @@ def _grouped(
                     up_tile = tl.load(w_NK + OUT * IN + at)
                 else:
                     up_tile = tl.load(w_NK + OUT * IN + at, mask=inside, other=0.0)
-                up = tl.dot(x_tile, tl.trans(up_tile), up, input_precision=PRECISION)
+                if SCALED:
+                    part = tl.dot(x_tile, tl.trans(up_tile).to(x_tile.dtype), input_precision=PRECISION)
+                    up += part * tl.load(scale_N + blocks * tl.cdiv(IN, SCALED) + at // SCALED)[None, :]
+                else:
+                    up = tl.dot(x_tile, tl.trans(up_tile), up, input_precision=PRECISION)
         if GATED:
             acc = acc / (1 + tl.exp(-acc)) * up
             to = out + place[:, None] * OUT + n[None, :]
@@ -315,18 +216,31 @@ def _grouped(
         tl.store(to, acc.to(out.dtype.element_ty), mask=(m < size)[:, None] & (n < OUT)[None, :])
 
 
-def _launch(x: Tensor, w: Tensor, out: Tensor, weights: Tensor, work: Work, top_k: int, gated: bool, tiles: Tiles):
+def _launch(
+    x: Tensor,
+    w: Tensor | ScaledWeights,
+    out: Tensor,
+    weights: Tensor,
+    work: Work,
+    top_k: int,
+    gated: bool,
+    tiles: Tiles,
+):
     inputs, outputs = w.shape[2], w.shape[1] // 2 if gated else w.shape[1]
     items = len(work.expert_W)
     block_k = min(tiles.block_k, triton.next_power_of_2(inputs))
     whole = inputs % block_k == 0 and outputs % tiles.block_n == 0
-    described = tiles.described and whole
+    scales, is_scaled = weights, isinstance(w, ScaledWeights)
+    described = tiles.described and whole and not is_scaled
+    if is_scaled:
+        w, scales = w.values_XPNK, w.scales_XPRC
     if described:
         w = TensorDescriptor.from_tensor(w.flatten(0, 1), [tiles.block_n, block_k])
         x = x if gated else TensorDescriptor.from_tensor(x, [tiles.block_m, block_k])
     _grouped[(items * triton.cdiv(outputs, tiles.block_n),)](
         x,
         w,
+        scales,
         out,
         weights,
         work.rows_A,
@@ -341,6 +255,7 @@ def _launch(x: Tensor, w: Tensor, out: Tensor, weights: Tensor, work: Work, top_
         TOP_K=top_k,
         GATED=gated,
         DESCRIBED=described,
+        SCALED=BLOCK if is_scaled else 0,
         WHOLE=whole,
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
@@ -351,12 +266,36 @@ def _launch(x: Tensor, w: Tensor, out: Tensor, weights: Tensor, work: Work, top_
     )
 
 
-def experts(x_TE: Tensor, work: Work, weight_TK: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+@triton.jit
+def _widen(values, scales, out, N, K, SIDE: tl.constexpr):
+    matrix = tl.program_id(0).to(tl.int64)
+    i, j = tl.program_id(1) * SIDE + tl.arange(0, SIDE), tl.program_id(2) * SIDE + tl.arange(0, SIDE)
+    inside = (i < N)[:, None] & (j < K)[None, :]
+    at = matrix * N * K + i[:, None] * K + j[None, :]
+    scale = tl.load(scales + (matrix * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2))
+    wide = tl.load(values + at, mask=inside, other=0.0).to(tl.float32) * scale
+    tl.store(out + at, wide.to(out.dtype.element_ty), mask=inside)
+
+
+def widen(weights: ScaledWeights, dtype: torch.dtype) -> Tensor:
+    """ScaledWeights.widened in one pass, for as long as one prefill of a layer needs it."""
+    experts, parts, rows, columns = weights.values_XPNK.shape
+    out = torch.empty(weights.shape, dtype=dtype, device=weights.device)
+    grid = (experts * parts, triton.cdiv(rows, BLOCK), triton.cdiv(columns, BLOCK))
+    _widen[grid](weights.values_XPNK, weights.scales_XPRC, out, rows, columns, SIDE=BLOCK, num_warps=8)
+    return out
+
+
+def experts(
+    x_TE: Tensor, work: Work, weight_TK: Tensor, gate_up: Tensor | ScaledWeights, down: Tensor | ScaledWeights
+) -> Tensor:
     """[T, K, E]: each choice's weight times its expert's output. gate_up: [X, 2F, E], down: [X, E, F].
 
     Rows without an expert keep what the memory held.
     """
     tokens, top_k = weight_TK.shape
+    if isinstance(gate_up, ScaledWeights) and work.tiles[0].block_m >= WIDENED_FROM:
+        gate_up, down = widen(gate_up, x_TE.dtype), widen(down, x_TE.dtype)
     act_AF = x_TE.new_empty(len(work.rows_A), gate_up.shape[1] // 2)
     out_TKE = x_TE.new_empty(tokens, top_k, x_TE.shape[1])
     _launch(x_TE, gate_up, act_AF, weight_TK, work, top_k, True, work.tiles[0])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from launches import SECRETS, Launch, distill, environment, run, small_config, write_config
+from training_worlds import trainings, world  # noqa: F401  (fixtures)
 
 CORES = 2
 

@@ -118,8 +118,11 @@ def hub_without_token(scene: Scene) -> None:
     del scene.env["HF_HUB_OFFLINE"]
 
 
-def other_tokenizer(scene: Scene) -> None:
-    scene.config["students"][1]["path"] = str(TINY / "student-qwen")
+def third_tokenizer(scene: Scene) -> None:
+    """Traces of one tokenizer, a teacher.path with another by now, a student with a third."""
+    scene.sampled()
+    scene.config["teacher"]["path"] = str(TINY / "student-llama")
+    scene.config["students"] = [scene.config["students"][1] | {"path": str(TINY / "student-qwen")}]
 
 
 def run_dir_below_a_file(scene: Scene) -> None:
@@ -236,7 +239,10 @@ CASES: dict[str, tuple[Callable[[Scene], None], list[str]]] = {
     "no GPU": (no_gpu, ["hardware.device", "cuda", "hardware.device=cpu"]),
     "W&B without key": (wandb_without_key, ["tracking.wandb", "online", "WANDB_API_KEY", "offline"]),
     "Hub without token": (hub_without_token, ["publish.repo", "someone/small-r1", "HF_TOKEN"]),
-    "other tokenizer": (other_tokenizer, ["students.1", "student-qwen", "tokenizer", "response"]),
+    "third tokenizer": (
+        third_tokenizer,
+        ["teacher.path", "student-llama", "sampled with tokenizer", "--restart traces"],
+    ),
     "run dir below a file": (run_dir_below_a_file, ["file/runs", "Not a directory", "run.dir"]),
     "another launch": (another_launch, ["another launch", f"pid {os.getpid()}", "run.name"]),
     "made by another config": (

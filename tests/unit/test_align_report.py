@@ -4,7 +4,7 @@ import numpy as np
 from align_world import byte_level, ids_of
 
 from distill.align import Aligner
-from distill.align_report import CLASSES, classify, coverage_text, covered_share
+from distill.align_report import CLASSES, classify, coverage_rows, coverage_text, covered_share
 from distill.align_spans import ALIGNED, INNER
 
 
@@ -38,5 +38,8 @@ def test_shares_and_text():
     counts = np.zeros((6, len(CLASSES)), np.int64)
     counts[ALIGNED, 0], counts[INNER, 0], counts[2, 0], counts[ALIGNED, 3] = 6, 2, 2, 10
     assert covered_share(counts) == {"all": 0.9, "other": 0.8, CLASSES[3]: 1.0}
-    lines = coverage_text(counts).splitlines()
+    rows = coverage_rows(counts)
+    assert [row["text"] for row in rows] == ["other", CLASSES[3], "all"]
+    assert rows[0]["aligned"] == 6 and rows[0]["inside"] == 2 and rows[2]["aligned"] == 16
+    lines = coverage_text(rows).splitlines()
     assert len(lines) == 4 and lines[1].split()[:3] == ["other", "10", "80.00%"] and lines[3].split()[1] == "20"

@@ -10,6 +10,7 @@ from test_logit_cache import random_dists
 from distill.align import Aligner
 from distill.align_spans import ALIGNED, CONTRADICTED, COVERED, INNER, INSIDE, UNCOVERED
 from distill.align_targets import PaddedTargets, pad
+from distill.cache_codec import prune
 from distill.errors import DataError
 from distill.logit_cache import to_sparse_targets
 from distill.records import CaptureSpec, TokenDists
@@ -175,24 +176,43 @@ def test_a_tail_that_looks_like_the_support_belongs_to_its_outcomes():
     assert targets.tail_N[0] == 0
 
 
-def test_inside_a_token_the_support_and_the_draws_from_the_tail_make_up_the_whole_law():
-    """The mean target over the teacher's draws is the whole conditional law, whatever part of it is stored."""
-    numerals = [bytes([a, b]) for a in b"12" for b in b"0123"]
+def captured(law: dict[int, float], drawn: int, spec: CaptureSpec) -> TokenDists:
+    """One position as a cache gives it back: the support, then without what is lighter than min_mass unless drawn."""
+    likely = sorted(law, key=law.get, reverse=True)
+    size = next(n for n in range(1, len(likely) + 1) if n == spec.k_max or tail_of(law, likely[:n]) <= spec.tail_bound)
+    kept = likely[:size] if drawn in likely[:size] else [*likely[: min(size, spec.k_max - 1)], drawn]
+    return prune(dists_of([{token: law[token] for token in kept}], [drawn]), spec.min_mass)
+
+
+def tail_of(law: dict[int, float], kept: list[int]) -> float:
+    return 1 - sum(law[token] for token in kept)
+
+
+STEPS = [0.3, 0.06, 0.04, 0.019, 0.018, 0.03, 0.017, 0.016, 0.25, 0.1, 0.05, 0.022, 0.021, 0.02, 0.0195, 0.0175]
+# Many entries that a cache with a bound of 0.08 leaves out of a support that holds them: each weighs less than 0.01.
+LIGHT = [0.4, 0.1765, *np.linspace(0.0094, 0.0096, 6), 0.3, *np.linspace(0.0094, 0.0096, 7)]
+
+
+@pytest.mark.parametrize("masses", [STEPS, LIGHT], ids=["steps", "light"])
+@pytest.mark.parametrize("tail_bound", [0.0, 0.08, 0.16])
+@pytest.mark.parametrize("k", [1, 2, 4, 7, 16])
+def test_inside_a_token_the_support_and_the_draws_from_the_tail_make_up_the_whole_law(k, tail_bound, masses):
+    """The mean target over the teacher's draws is the whole conditional law, whatever part of it is stored: a token
+    beyond the support, and one that a cache holds for having been drawn alone, count as drawn from the tail."""
+    numerals = [bytes([a, b]) for a in b"12" for b in b"01234567"][: len(masses)]
     aligner = Aligner(byte_level([(n[:1], n[1:]) for n in numerals]), byte_level([]))
     ids = ids_of(aligner.teacher, *numerals)
-    law = dict(zip(ids, [0.3, 0.2, 0.12, 0.08, 0.1, 0.09, 0.06, 0.05]))
-    likely = sorted(law, key=law.get, reverse=True)
-    for k in (1, 2, 4, 5, 8):
-        mean = {}
-        for drawn in ids[:4]:
-            kept = likely[:k] if drawn in likely[:k] else [*likely[: k - 1], drawn]
-            stored = [dists_of([{t: law[t] for t in kept}], [drawn])]
-            targets = aligner.targets(aligner.align([[drawn]]), stored, CaptureSpec(k, 0.0))
-            assert targets.tail_N[1] == 0
-            for digit, q in outcomes(targets, aligner, 1).items():
-                mean[digit] = mean.get(digit, 0) + law[drawn] / 0.7 * q
-        expected = {bytes([d]): law[t] / 0.7 for d, t in zip(b"0123", ids[:4])}
-        assert mean == pytest.approx(expected, abs=1e-6)
+    law = dict(zip(ids, masses))
+    assert sum(masses) == pytest.approx(1)
+    own, mean = sum(masses[:8]), {}
+    for drawn in ids[:8]:
+        stored = captured(law, drawn, CaptureSpec(k, tail_bound))
+        targets = aligner.targets(aligner.align([[drawn]]), [stored], CaptureSpec(k, tail_bound))
+        assert targets.tail_N[1] == 0
+        for digit, q in outcomes(targets, aligner, 1).items():
+            mean[digit] = mean.get(digit, 0) + law[drawn] / own * q
+    expected = {bytes([d]): law[t] / own for d, t in zip(b"01234567", ids[:8])}
+    assert mean == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_end_of_a_trace_teaches_the_students_end_with_the_teachers_probability():

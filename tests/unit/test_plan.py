@@ -5,11 +5,24 @@ import json
 import pytest
 import yaml
 
-from distill.capacity import GB, GPUS, Load, activation_bytes, place, score_seconds, train_memory, train_seconds
+from distill.capacity import (
+    GB,
+    GPUS,
+    Load,
+    activation_bytes,
+    place,
+    score_seconds,
+    teacher_element,
+    train_memory,
+    train_seconds,
+    weight_bytes,
+)
 from distill.config import Geometry, Train, load_config
+from distill.config_students import Adapter
 from distill.errors import ConfigError, ModelError
 from distill.geometry import cache_bytes_per_token, forward_flops, parameters, read_geometry, train_flops
 from distill.plan import plan
+from distill.state_bytes import state_bytes, trained_parameters
 
 R1 = Geometry(
     family="deepseek_v3", hidden_size=7168, layers=61, heads=128, intermediate_size=18432, vocab_size=129280,
@@ -166,6 +179,37 @@ def test_each_measure_against_a_lack_of_memory_lowers_it():
     assert need(max_seq_tokens=2048, micro_batch_tokens=2048) < need()
 
 
+def bytes_a_weight(geometry: Geometry, adapter: Adapter | None = None, **changes) -> dict[str, float]:
+    train = Train(zero_stage=0, dtype="bfloat16", **SMALL, **changes)
+    memory = train_memory(geometry, train, 1, adapter)
+    return {name: memory[name] / parameters(geometry).total for name in (*STATE, "average")}
+
+
+def test_8_bit_moments_and_no_masters_leave_six_bytes_a_weight_by_hand():
+    wide = 152_064 * 5120 / parameters(QWEN_32B).total  # the share of the embedding, whose moments keep 32 bits
+    narrow = 2 * (1 + 4 / 256) * (1 - wide) + 8 * wide
+    found = bytes_a_weight(QWEN_32B, optimizer="adamw8bit")
+    assert [found[name] for name in STATE] == pytest.approx([2, 2, 4 + narrow])
+    found = bytes_a_weight(QWEN_32B, optimizer="adamw8bit", master_weights="none", ema_decay=0.99)
+    assert [*found.values()] == pytest.approx([2, 2, narrow, 4])
+    assert bytes_a_weight(QWEN_32B, master_weights="none")["optimizer"] == pytest.approx(8)
+
+
+def test_an_adapter_counted_by_hand_and_against_transformers():
+    """Rank 3 on q_proj (8 to 8) and down_proj (16 to 8) of 3 layers: 3 * 3 * (16 + 24) = 360 weights of 16 bytes."""
+    g = dense("llama", 8, 3, 2, 1, 16, 10)
+    adapter = Adapter(kind="lora", rank=3, targets=["q_proj", "down_proj"])
+    state = state_bytes(g, Train(**SMALL), adapter)
+    assert trained_parameters(g, adapter) == 360
+    assert state.weights == 2 * parameters(g).total + 2 * 360
+    assert (state.gradients, state.optimizer, state.checkpoint) == (2 * 360, 12 * 360, 14 * 360)
+    narrow = state_bytes(g, Train(**SMALL), Adapter(kind="qlora", rank=3, targets=["q_proj", "down_proj"]))
+    projections = 3 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16)
+    spared = projections * (2 - 0.5 - 1 / 64 - 4 / 64 / 256)
+    assert narrow.weights == pytest.approx(state.weights - spared)
+    assert sum(state_bytes(QWEN_32B, Train(**SMALL), Adapter(kind="qlora")).__dict__.values()) < 25 * GB
+
+
 def test_measured_training_memory_of_1_7b_is_within_a_fifth_of_the_arithmetic():
     # 13.6 GiB measured on one H100: bfloat16 weights, gradients and moments (8 bytes a parameter), 8192 tokens.
     train = Train(max_seq_tokens=8192, micro_batch_tokens=8192, activation_checkpointing=True)
@@ -187,9 +231,19 @@ def test_r1_needs_50_gb_on_32_gpus_and_91_on_16_before_its_cache():
     assert not place(R1, GPUS["h200"], 8, 8, LONG).fits
 
 
+def test_r1s_experts_stay_in_fp8_where_the_gpu_converts_it_and_then_16_h100_are_enough():
+    r1 = R1.model_copy(update={"fp8_experts": True})
+    assert teacher_element(r1, GPUS["h100"], "auto") == 1 and teacher_element(R1, GPUS["h100"], "auto") == 2
+    assert teacher_element(r1, GPUS["a100"], "auto") == 2 and teacher_element(r1, GPUS["h100"], "float32") == 4
+    whole, kept = (weight_bytes(r1, element, 1, 16) for element in (2, 1))
+    assert kept["other weights"] == whole["other weights"]
+    assert kept["experts"] == pytest.approx(whole["experts"] / 2 * (1 + 4 / 128**2))
+    assert not place(r1, GPUS["h100"], 16, 8, LONG, 2).fits and place(r1, GPUS["h100"], 16, 8, LONG, 1).fits
+
+
+@pytest.mark.parametrize("geometry", [R1, LITE, QWEN_32B])
 @pytest.mark.parametrize("kind", sorted(GPUS))
 @pytest.mark.parametrize("gpus", [1, 2, 4, 8, 16, 32, 48, 64, 128])
-@pytest.mark.parametrize("geometry", [R1, LITE, QWEN_32B])
 def test_a_placement_covers_all_gpus_in_copies_that_divide_the_model_evenly(geometry, gpus, kind):
     placement = place(geometry, GPUS[kind], gpus, 8, LONG)
     assert placement.copies * placement.size == gpus

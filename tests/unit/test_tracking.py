@@ -87,7 +87,7 @@ def test_redaction_leaves_its_argument_alone():
 
 def test_every_metric_has_a_section_a_unit_and_a_meaning():
     for name, metric in METRICS.items():
-        assert name.count("/") == 1 and metric.unit and len(metric.description) > 8
+        assert name.removesuffix("/*").count("/") == 1 and metric.unit and len(metric.description) > 8
 
 
 @pytest.mark.parametrize("is_main", [True, False])

@@ -20,8 +20,19 @@ PARAMS = SamplingParams(temperature=0.6, top_p=0.95, max_new_tokens=64)
 
 def byte_tokenizer():
     """256 bytes and the chat tokens: the smallest real byte-level tokenizer."""
+    return merged_tokenizer()
+
+
+def pair_tokenizer(letters):
+    """The same with a token for every pair of these letters."""
+    return merged_tokenizer(*((a, b) for a in letters for b in letters))
+
+
+def merged_tokenizer(*merges):
+    """The same with these pairs merged."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    vocab = {c: i for i, c in enumerate([*alphabet, *(a + b for a, b in merges)])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_tokens([AddedToken(c, special="think" not in c, normalized=False) for c in CHAT])

@@ -5,19 +5,20 @@ import math
 import numpy as np
 import pytest
 import torch
-from eval_world import answer, byte_tokenizer, open_run, run_eval, sums
+from eval_world import answer, byte_tokenizer, merged_tokenizer, open_run, pair_tokenizer, run_eval, sums
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from distill.align_spans import ALIGNED
+from distill.align_tables import PairTables
+from distill.align_targets import BucketTargets
 from distill.errors import DataError
-from distill.evals.agreement import (
-    POSITION_EDGES,
-    TeacherTrace,
-    agreement,
-    dense_scorer,
-    teacher_traces,
-    token_agreement,
-)
+from distill.evals.agreement import POSITION_EDGES, TeacherTrace, agreement, dense_scorer
+from distill.evals.closeness import divergence
+from distill.evals.teacher_text import teacher_traces
 from distill.records import CaptureSpec, TokenDists
+
+TOK = byte_tokenizer()
+VOCAB = len(TOK)
 
 
 def sparse(logits_TV, kept, sampled_T=None):
@@ -49,15 +50,23 @@ def pair(tokens=40, vocab=50, seed=0):
     return rng.normal(size=(tokens, vocab)) * 3, rng.normal(size=(tokens, vocab)) * 3
 
 
-def trace(logits_TV, key="t", kept=5, n_bytes=10):
-    return TeacherTrace(key, [0], list(range(len(logits_TV))), sparse(logits_TV, kept), n_bytes)
+def token_agreement(student_TV, dists, where=""):
+    """The measure where both have one tokenizer: every bucket is a token."""
+    ids = np.arange(1 + int(dists.ids_S.max()), dtype=np.int32)
+    tables = PairTables(np.array(True), np.arange(len(ids) + 1), ids, ids, np.zeros(len(ids), bool), ids)
+    kinds, labels = np.full(len(dists), ALIGNED, np.uint8), dists.sampled_T.astype(np.int64)
+    targets = BucketTargets(dists.offsets_T1, dists.ids_S, dists.logprobs_S, dists.tail_T, kinds, labels)
+    return divergence(student_TV, targets, tables, where)
 
 
-def measure(traces, students, fingerprints=("x", "x")):
-    return agreement(
-        "s", traces, lambda pairs: iter(students), teacher_fingerprint=fingerprints[0],
-        student_fingerprint=fingerprints[1],
-    )  # fmt: skip
+def trace(logits_TV, key="t", kept=5):
+    """A completion of one-byte tokens without an end."""
+    dists = sparse(logits_TV, kept)
+    return TeacherTrace(key, "Why?", dists.sampled_T.tolist(), dists, CaptureSpec(kept, 0.0))
+
+
+def measure(traces, students):
+    return agreement("s", traces, lambda pairs: iter(students), teacher=TOK, own=TOK)
 
 
 def test_kl_by_hand():
@@ -121,20 +130,20 @@ def test_a_student_that_leaks_all_its_mass_outside_the_support_pays_for_it():
 
 def test_token_and_byte_means_weigh_tokens_not_traces():
     (teacher_a, student_a), (teacher_b, student_b) = pair(10, seed=5), pair(30, seed=6)
-    row = measure([trace(teacher_a, "a", n_bytes=17), trace(teacher_b, "b", n_bytes=44)], [student_a, student_b])
+    row = measure([trace(teacher_a, "a"), trace(teacher_b, "b")], [student_a, student_b])
     nats = sum(token_agreement(s, sparse(t, 5))[0].sum() for t, s in ((teacher_a, student_a), (teacher_b, student_b)))
     assert row["kl_per_token"]["value"] == pytest.approx(nats / 40)
-    assert row["kl_per_byte"]["value"] == pytest.approx(nats / 61)
-    assert (row["traces"], row["tokens"], row["reason"]) == (2, 40, None)
+    assert row["bits_per_byte"]["value"] == pytest.approx(nats / 40 / math.log(2))
+    assert (row["traces"], row["tokens"], row["covered_share"]) == (2, 40, 1.0)
 
 
 def test_positions_are_bucketed_without_loss():
     traces, students = zip(*(pair(length, seed=length) for length in (3, 20, 70)))
     row = measure([trace(t, str(i)) for i, t in enumerate(traces)], students)
     buckets = row["by_position"]
-    assert [b["from"] for b in buckets] == [0, 8, 16, 32, 64] and buckets[-1]["to"] == 128
-    # 3 + 8 + 8 tokens below 8; 8 + 8; 4 + 16; 32; 6.
-    assert [b["tokens"] for b in buckets] == [19, 16, 20, 32, 6]
+    assert [b["from"] for b in buckets] == [0, 16, 32, 64] and buckets[-1]["to"] == 128
+    # 3 + 16 + 16 tokens below 16; 4 + 16; 32; 6.
+    assert [b["tokens"] for b in buckets] == [35, 20, 32, 6]
     total = sum(b["kl_per_token"]["value"] * b["tokens"] for b in buckets)
     assert total / 93 == pytest.approx(row["kl_per_token"]["value"])
     assert tuple(sorted(set(POSITION_EDGES))) == POSITION_EDGES
@@ -157,14 +166,73 @@ def test_intervals_are_those_of_traces_not_of_tokens():
     assert top1 == {"value": 0.5, "ci_low": 0.0, "ci_high": 1.0}
 
 
-def test_another_tokenizer_is_not_scored_and_says_so():
-    teacher_TV, _ = pair()
+def byte_probabilities(rng, alphabet):
+    """A memoryless source over these bytes and the end token, float64 [V]."""
+    p_V = np.zeros(VOCAB)
+    p_V[[*alphabet, END]] = rng.dirichlet(np.ones(len(alphabet) + 1))
+    return p_V
 
-    def never(pairs):
-        raise AssertionError("scored")
 
-    row = agreement("s", [trace(teacher_TV)], never, teacher_fingerprint="x", student_fingerprint="y")
-    assert row["reason"] == "different tokenizer" and row["kl_per_token"] is None and row["by_position"] == []
+END = TOK.convert_tokens_to_ids("<|end|>")
+
+
+def test_students_of_two_tokenizers_that_are_one_model_over_bytes_get_one_figure():
+    """The teacher's tokens are pairs of bytes, the student's are bytes; both are sources whose byte probabilities are
+    known, so bits per byte must come out as if both had byte tokens."""
+    rng, letters = np.random.default_rng(11), [TOK.convert_tokens_to_ids(c) for c in "abc"]
+    pairs = pair_tokenizer("abc")
+    p_V, q_V = byte_probabilities(rng, letters), byte_probabilities(rng, letters)
+    ids = [i for i in (pairs.convert_tokens_to_ids(a + b) for a in "abc" for b in "abc")]
+    # The teacher writes pairs of letters, or ends: never one letter alone.
+    joint = {pairs.convert_tokens_to_ids(a + b): p_V[i] / (1 - p_V[END]) * (1 - p_V[END]) * p_V[j] / (1 - p_V[END])
+             for a, i in zip("abc", letters) for b, j in zip("abc", letters)}  # fmt: skip
+    joint[pairs.convert_tokens_to_ids("<|end|>")] = p_V[END]
+    assert sum(joint.values()) == pytest.approx(1)
+    order = sorted(joint, key=joint.get, reverse=True)
+    drawn = [rng.choice(order, p=[joint[i] for i in order]) for _ in range(6)]
+    drawn = [i for i in drawn if i in ids]
+    dists = TokenDists(
+        np.arange(len(drawn) + 1) * len(order), np.tile(order, len(drawn)).astype(np.int32),
+        np.tile(np.log([joint[i] for i in order]), len(drawn)).astype(np.float32), np.zeros(len(drawn), np.float32),
+        np.zeros(len(drawn), np.float32), np.array(drawn, np.int32),
+    )  # fmt: skip
+    seen = []
+
+    def score(sequences):
+        for _, completion_ids in sequences:
+            seen.append(completion_ids)
+            yield np.log(np.tile(np.maximum(q_V, 1e-30), (len(completion_ids), 1)))
+
+    one = TeacherTrace("t", "Why?", drawn, dists, CaptureSpec(64, 0.0))
+    row = agreement("s", [one], score, teacher=pairs, own=TOK)
+    assert TOK.decode(seen[0]) == pairs.decode(drawn) and len(seen[0]) == 2 * len(drawn)
+    kl = lambda p, q: sum(a * math.log(a / b) for a, b in zip(p, q) if a)  # noqa: E731
+    first = kl(p_V[[*letters, END]], q_V[[*letters, END]])
+    inside = p_V[letters] / (1 - p_V[END])  # no end inside a pair; the student does not know that
+    expected = (first + kl(inside, q_V[letters])) / 2 / math.log(2)
+    assert row["bits_per_byte"]["value"] == pytest.approx(expected, rel=1e-5)
+    assert (row["tokens"], row["covered_share"]) == (2 * len(drawn), 1.0)
+    counts = row["coverage"][-1]
+    assert (counts["text"], counts["aligned"], counts["inner"]) == ("all", len(drawn), len(drawn))
+
+
+def test_a_position_without_a_distribution_is_counted_and_left_out():
+    # "ab" + "c" against "a" + "bc": inside "ab" stands "bc", which both hold, so it is not what the teacher said.
+    teacher, own = merged_tokenizer(("a", "b"), ("b", "c")), merged_tokenizer(("b", "c"))
+    drawn = [teacher.convert_tokens_to_ids("ab"), teacher.convert_tokens_to_ids("c")]
+    dists = TokenDists(
+        np.array([0, 1, 2]), np.array(drawn, np.int32), np.zeros(2, np.float32), np.zeros(2, np.float32),
+        np.zeros(2, np.float32), np.array(drawn, np.int32),
+    )  # fmt: skip
+    scores = np.log(np.full((2, len(own)), 1 / len(own)))
+    one = TeacherTrace("t", "Why?", drawn, dists, CaptureSpec(64, 0.0))
+    row = agreement("s", [one], lambda sequences: iter([scores]), teacher=teacher, own=own)
+    assert (row["tokens"], row["covered_share"]) == (1, 0.5)
+    counts = row["coverage"][-1]
+    assert counts["aligned"] == 1 and sum(v for k, v in counts.items() if k not in ("text", "aligned", "inner")) == 1
+    # Only the byte of "a" was measured: its distribution is certain, the student's share of it 1 / V.
+    assert row["bits_per_byte"]["value"] == pytest.approx(math.log2(len(own)), rel=1e-6)
+    assert [b["tokens"] for b in row["by_position"]] == [1]
 
 
 @pytest.mark.parametrize("rows", [39, 41])
@@ -218,7 +286,8 @@ def test_teacher_traces_come_back_from_the_run_folder(tmp_path):
     run_eval(folder, tok, prompts, lambda p, i: answer(p.answer), k=2, dists=dists, capture=CaptureSpec())
     traces = teacher_traces(folder, "teacher", limit=5)
     assert [t.key for t in traces] == [f"{p.key}/0" for p in prompts[:5]]
-    assert traces[0].n_bytes == len(answer("0").encode())
+    assert [t.prompt for t in traces] == [p.text for p in prompts[:5]]
+    assert (traces[0].capture.k_max, traces[0].capture.tail_bound) == (CaptureSpec().k_max, CaptureSpec().tail_bound)
     for one in traces:
         assert len(one.dists) == len(one.completion_ids) and one.dists.sampled_T.tolist() == list(one.completion_ids)
 

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from eval_world import answer, byte_tokenizer, open_run, run_eval, sums
 
+from distill import align_spans
+from distill.align_report import CLASSES, coverage_rows
 from distill.errors import DataError, StoreError
 from distill.evals import report as reports
 from distill.evals import stats, svg
@@ -61,11 +63,15 @@ def run_dir(tmp_path_factory):
             write = lambda p, i, role=role: answer(p.answer if role == "base" or p.family == "copying" else "?")  # noqa: E731
             run_eval(folder, tok, general, write, k=1, set_name="retention", params=retention_params(32), **about)
     value = {"value": 0.5, "ci_low": 0.4, "ci_high": 0.6}
-    bucket = {"from": 0, "to": 8, "kl_per_token": value, "top1": value, "tokens": 9, "traces": 2}
-    kl = {"kl_per_token": value, "kl_per_byte": value, "top1": value, "traces": 2, "tokens": 9}
+    kl = {"bits_per_byte": value, "kl_per_token": value, "top1": value, "tokens": 9, "traces": 2}
+    first, second = {"from": 0, "to": 16, **kl}, {"from": 16, "to": None, **kl}
+    counts = np.zeros((len(align_spans.KINDS), len(CLASSES)), np.int64)
+    kinds = (align_spans.ALIGNED, align_spans.INNER, align_spans.CONTRADICTED)
+    counts[kinds, (0, 1, 1)] = 6, 1, 2
+    same, other = {"covered_share": 1.0}, {"covered_share": 7 / 9}
     rows = [
-        {"student": "logits", "reason": None, **kl, "by_position": [bucket, {**bucket, "from": 8, "to": None}]},
-        {"student": "response", "reason": "different tokenizer", **dict.fromkeys(kl), "by_position": []},
+        {"student": "logits", **kl, **other, "coverage": coverage_rows(counts), "by_position": [first, second]},
+        {"student": "response", **kl, **same, "coverage": coverage_rows(0 * counts), "by_position": [first]},
     ]
     for row in rows:
         folder.write_json(f"agreement-{row['student']}.json", {**row, "fingerprint": "w0"})
@@ -346,10 +352,18 @@ def test_the_terminal_table_has_a_line_a_model(report):
     lines = render_table(report).splitlines()
     assert len(lines) == 2 + 4
     assert re.split(r"\s{2,}", lines[0]) == [
-        "model", "pass@1 [95% CI]", "mean tokens", "truncated", "gap recovered [95% CI]", "p vs base", "p vs response",
+        "model", "pass@1 [95% CI]", "mean tokens", "truncated", "gap recovered [95% CI]", "KL bits/byte",
+        "same top-1", "p vs base", "p vs response",
     ]  # fmt: skip
     logits = next(line for line in lines if line.startswith("logits"))
-    assert "90.0 [" in logits and "94.1 [" in logits and "<0.0001" in logits and "0.0078" in logits
+    assert (
+        "0.5000" in logits
+        and "50.0%" in logits
+        and "90.0 [" in logits
+        and "94.1 [" in logits
+        and "<0.0001" in logits
+        and "0.0078" in logits
+    )
     assert "p vs" not in lines[2] and "undefined" not in lines[2]
 
 
@@ -387,7 +401,7 @@ def test_names_and_reasons_from_outside_are_escaped_too(run_dir):
     data = read_run(run_dir)
     report = json.loads(json.dumps(build_report(data)).replace("logits", "lo<i>gits"))
     report["models"][0]["by_family"][0]["family"] = report["rejected"][0]["reason"] = "<b onclick=x>"
-    report["agreement"][0]["reason"] = report["gap_recovered"][0]["reason"] = '"><u>'
+    report["gap_recovered"][0]["reason"] = '"><u>'
     report["gap_recovered"][0] |= {"value": None, "ci_low": None, "ci_high": None}
     report["examples"][0] |= {"prompt": "<marquee>", "answer": "<u>", "family": "<u>"}
     report["ledger"]["stages"][0]["stage"] = "<u>"
@@ -402,7 +416,7 @@ def test_every_section_has_its_numbers_in_a_table_too(report):
     for section in ("results", "comparisons", "families", "training", "lengths", "agreement", "retention", "ledger"):
         content = page.split(f'<section id="{section}">')[1].split("</section>")[0]
         assert "<table>" in content, section
-    for figure in ("94.1%", "[", "different tokenizer", "6 of 10", "wrong", "+80.0"):
+    for figure in ("94.1%", "[", "77.8%", "contradicted", "66.7%", "6 of 10", "wrong", "+80.0"):
         assert figure in page
 
 

@@ -53,21 +53,24 @@ def make_tokenizer(folder: Path, vocab_size: int = 330) -> PreTrainedTokenizerFa
     return load_tokenizer(folder)
 
 
-def make_model(folder: Path, *, family: str = "qwen3", tie: bool = True, seed: int = 0, vocab_size: int = 330) -> Path:
-    """A random model of two layers with its tokenizer; the head has 8 rows more than the tokenizer has ids."""
+def make_model(
+    folder: Path, *, family: str = "qwen3", tie: bool = True, seed: int = 0, vocab_size: int = 330, hidden: int = 32,
+    layers: int = 2,
+) -> Path:  # fmt: skip
+    """A random model with its tokenizer; the head has 8 rows more than the tokenizer has ids."""
     tokenizer = make_tokenizer(folder, vocab_size)
     config_class, model_class, extra = FAMILIES[family]
     torch.manual_seed(seed)
     config = config_class(
         vocab_size=len(tokenizer) + 8,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
+        hidden_size=hidden,
+        intermediate_size=hidden * 3 // 2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
         tie_word_embeddings=tie,
-        initializer_range=0.3,
+        initializer_range=0.3 * (32 / hidden) ** 0.5,
         eos_token_id=end_id(tokenizer),
         bos_token_id=None,
         pad_token_id=tokenizer.pad_token_id,
@@ -147,7 +150,7 @@ def _write_cache(path: Path, tokenizer: PreTrainedTokenizerFast, traces: list[Tr
     writer.close()
 
 
-def settings(path: Path, kind: str = "logits", **train) -> Config:
+def settings(path: Path, kind: str = "logits", adapter: dict | None = None, **train) -> Config:
     """A config with one student, "small". One optimizer step holds four rows of 96 tokens."""
     defaults = dict(epochs=2, max_seq_tokens=96, batch_tokens=384, micro_batch_tokens=384, lr=3e-3, zero_stage=0)
     defaults |= dict(checkpoint_steps=2, weight_decay=0.1, clip_norm=0.5, warmup_ratio=0.2)
@@ -158,7 +161,7 @@ def settings(path: Path, kind: str = "logits", **train) -> Config:
             "run": {"name": "run", "seed": 3},
             "prompts": {"train": source, "eval": source},
             "teacher": {"path": "unused"},
-            "students": [{"name": "small", "path": str(path), "loss": loss}],
+            "students": [{"name": "small", "path": str(path), "loss": loss, "adapter": adapter}],
             "train": defaults | train,
             "tracking": {"wandb": "disabled"},
         }

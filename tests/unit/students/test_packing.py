@@ -53,7 +53,7 @@ def test_every_trace_is_trained_once_an_epoch_and_no_row_or_step_is_too_large():
         assert {len(step.rows) for step in mine} <= {1, 2}
     assert sum(step.tokens for step in steps) == 2 * sum(lengths)
     assert sum(step.trained_tokens for step in steps) == 2 * sum(max(1, n // 2) for n in lengths)
-    assert whole.efficiency == pytest.approx(sum(lengths) / (10 * whole.rows_per_epoch))
+    assert whole.efficiency == pytest.approx(sum(lengths) / (10 * whole.rows_of_epoch[0]))
 
 
 def test_steps_depend_on_seed_and_epoch_and_nothing_else():
@@ -61,7 +61,7 @@ def test_steps_depend_on_seed_and_epoch_and_nothing_else():
     first = [plan(lengths)[i].rows for i in range(len(plan(lengths)))]
     again = plan(lengths)
     assert [again[i].rows for i in reversed(range(len(again)))][::-1] == first  # any order of asking
-    per_epoch = again.steps_per_epoch
+    per_epoch = again.first_step[1]
     assert first[:per_epoch] != first[per_epoch:]
     assert plan(lengths, seed=1)[0].rows != first[0]
     assert plan(lengths, seed=1).digest != again.digest == plan(lengths).digest

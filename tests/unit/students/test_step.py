@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from student_world import make_model, make_stages, make_traces
 from transformers import AutoModelForCausalLM
 
+from distill.config import Train
 from distill.errors import ModelError
 from distill.losses.metrics import LossMetrics
 from students.data import load_traces
@@ -80,7 +81,7 @@ def test_activation_checkpointing_changes_no_gradient(packed):
     expected = {name: p.grad.clone() for name, p in step.named_parameters()}
     step.zero_grad()
     plain = [layer.forward for layer in step.model.base_model.layers]
-    prepare_layers(step.model, compiled=False, recomputed=True)
+    prepare_layers(step.model, Train(activation_checkpointing=True), torch.device("cpu"))
     step(batch, 100.0)[0].backward()
     for layer, forward in zip(step.model.base_model.layers, plain):
         layer.forward = forward

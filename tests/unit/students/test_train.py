@@ -160,6 +160,8 @@ def test_two_ranks_equal_one(world, one_batch, tmp_path):
         {"zero_stage": 1, "micro_batch_tokens": 96},
         {"zero_stage": 2, "micro_batch_tokens": 96},
         {"zero_stage": 3, "micro_batch_tokens": 192},
+        {"zero_stage": 1, "micro_batch_tokens": 192, "sequence_parallel": 2},
+        {"zero_stage": 3, "micro_batch_tokens": 96, "sequence_parallel": 2},
     ]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(LAUNCH)]
     command += [str(world), str(tmp_path), "--train", json.dumps(changes)]
@@ -206,8 +208,8 @@ def test_a_loss_that_is_not_finite_stops_before_any_weight_changes(world, ranks,
     out = tmp_path / "out"
     with pytest.raises(ModelError, match="the loss of step 1 is not finite") as error:
         train(tmp_path, out, ranks, zero_stage=stage)
-    report = json.loads((out / "nan-step-1.json").read_text())
-    assert report["loss"] == "nan" and str(out / "nan-step-1.json") in str(error.value)
+    report = json.loads((out / "nan-step-1" / "report.json").read_text())
+    assert report["loss"] == "nan" and f"python -m students.replay {out / 'nan-step-1'}" in str(error.value)
     assert all("/" in key for row in report["rows"] for key in row)
     assert (out / "log.jsonl").read_text() == "" and not (out / "model").exists()
 

@@ -7,6 +7,8 @@ from transformers import (
     DeepseekV3ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -80,12 +82,16 @@ DENSE = {
 }
 
 
-def qwen3() -> Qwen3ForCausalLM:
-    return _peaked(Qwen3ForCausalLM(Qwen3Config(**DENSE, tie_word_embeddings=True)))
+def qwen2(**changes) -> Qwen2ForCausalLM:
+    return _peaked(Qwen2ForCausalLM(Qwen2Config(**DENSE | changes)))
 
 
-def llama() -> LlamaForCausalLM:
-    return _peaked(LlamaForCausalLM(LlamaConfig(**DENSE)))
+def qwen3(**changes) -> Qwen3ForCausalLM:
+    return _peaked(Qwen3ForCausalLM(Qwen3Config(**DENSE | {"tie_word_embeddings": True} | changes)))
+
+
+def llama(**changes) -> LlamaForCausalLM:
+    return _peaked(LlamaForCausalLM(LlamaConfig(**DENSE | changes)))
 
 
 def slot_model(model) -> SlotModel:

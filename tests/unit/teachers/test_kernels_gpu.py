@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from distill.records import CaptureSpec, SamplingParams
 from distill.sampling import StepLogits, capture_support, draw, uniform
 from teachers import plain
+from teachers.scaled import BLOCK, FLOAT8, ScaledWeights
 from teachers.steps import unpack
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -25,7 +26,7 @@ if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
 
 from teachers.kernels import draw as draw_kernels  # noqa: E402
-from teachers.kernels import elementwise, mla, moe  # noqa: E402
+from teachers.kernels import elementwise, mla, moe, route  # noqa: E402
 
 
 def randn(*shape, dtype=torch.float32, scale=1.0) -> torch.Tensor:
@@ -129,7 +130,7 @@ def test_route_chooses_as_the_fp32_router_of_the_reference(dtype, router):
     x, gate, bias = randn(37, 200, dtype=dtype), randn(16, 200, dtype=dtype, scale=0.1), randn(16, scale=0.1)
     active = torch.tensor([30], dtype=torch.int32, device=DEVICE)
     wanted_ids, wanted_weights = plain.route(x.double().float(), gate, bias, active, **router)
-    ids, weights = moe.route(x, gate, bias, active, **router)
+    ids, weights = route.route(x, gate, bias, active, **router)
     assert (ids[30:] == 16).all() and ids[:30].max() < 16
     order, wanted_order = ids.argsort(1), wanted_ids.argsort(1)
     assert torch.equal(ids.gather(1, order), wanted_ids.gather(1, wanted_order))
@@ -149,6 +150,34 @@ def test_experts_equal_each_choice_alone(dtype, tokens, sizes):
     gate, up = torch.einsum("te,tkfe->tkf", x.double(), gate_up.double()[chosen.long()]).chunk(2, -1)
     wanted = torch.einsum("tkf,tkef->tke", F.silu(gate) * up, down.double()[chosen.long()]) * weight.unsqueeze(-1)
     assert error(found, wanted) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 40] if INTERPRETED else [1, 40, 300, 1500])
+@pytest.mark.parametrize("sizes", [(8, 2, 256, 128), (16, 6, 200, 144)])
+def test_experts_in_fp8_equal_the_widened_ones(dtype, tokens, sizes):
+    count, top_k, size, width = sizes
+    gate_up, down = scaled(count, 2, width, size), scaled(count, 1, size, width)
+    x, weight = randn(tokens, size, dtype=dtype), torch.rand(tokens, top_k, device=DEVICE)
+    chosen = torch.rand(tokens, count - 1).topk(top_k).indices.int().to(DEVICE)
+    found = moe.experts(x, moe.group(chosen, gate_up), weight, gate_up, down)
+    exact = gate_up.widened(torch.float64), down.widened(torch.float64)
+    wanted = plain.experts(x.double(), plain.group(chosen, gate_up), weight.double(), *exact)
+    assert error(found, wanted) < TOLERANCE[dtype]
+
+
+def scaled(experts: int, parts: int, rows: int, columns: int) -> ScaledWeights:
+    """Random e4m3 weights with a factor of its own for every block."""
+    values = randn(experts, parts, rows, columns, scale=100.0).clamp(-448, 448).to(FLOAT8)
+    blocks = (experts, parts, -(-rows // BLOCK), -(-columns // BLOCK))
+    return ScaledWeights(values, torch.rand(blocks, device=DEVICE) * 2e-3 + 1e-4)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_widening_is_one_product_a_weight(parts):
+    weights = scaled(3, parts, 200, 144)
+    dtype = DTYPES[-1]  # an interpreted kernel cuts digits off where a compiled one rounds
+    assert torch.equal(moe.widen(weights, dtype), weights.widened(dtype))
 
 
 @pytest.mark.parametrize("tokens", [3, 900])

@@ -112,8 +112,8 @@ def test_scores_are_those_of_the_loop_over_slots(monkeypatch):
     pairs = [(tuple(range(20, 30)), tuple(range(40, 40 + n))) for n in (1, 30, 7, 0, 30)]
     wanted = generator(model, 2).score(pairs, SPEC)
     paged = PagedGenerator(Runner(model), 2, STOPS)
-    monkeypatch.setattr("teachers.sampler.SCORE_TOKENS", 45)
-    monkeypatch.setattr("teachers.sampler.SCORE_LOGITS_CPU", 4 * VOCAB)
+    monkeypatch.setattr("teachers.scoring.SCORE_TOKENS", 45)
+    monkeypatch.setattr("teachers.scoring.SCORE_LOGITS_CPU", 4 * VOCAB)
     for found, expected in zip(paged.score(pairs, SPEC), wanted, strict=True):
         assert np.array_equal(found.ids_S, expected.ids_S) and np.array_equal(found.offsets_T1, expected.offsets_T1)
         assert np.allclose(found.logprobs_S, expected.logprobs_S, atol=1e-4)

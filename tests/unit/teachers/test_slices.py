@@ -1,6 +1,7 @@
 """A slice of a checkpoint's tensor is that part of the whole tensor, bit for bit, and costs no byte more."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,16 @@ from fp8_checkpoint import BLOCK, quantise, quantised_copy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from sampling_models import deepseek
+from sampling_models import deepseek, qwen3
 
+from distill.checkpoints import check_checkpoint
 from distill.errors import ModelError
 from distill.records import CaptureSpec
+from distill.split import Split
 from teachers.engine import TeacherEngine
+from teachers.runner import Runner, Segment
+from teachers.scaled import ScaledWeights
+from teachers.shard import load
 from teachers.slices import CHUNK_ELEMENTS, LoadReport, Part, Piece, SliceReader, block_of, fill
 
 torch.set_num_threads(1)
@@ -159,11 +165,6 @@ def test_an_fp8_teacher_says_nearly_what_the_teacher_says(fp8_teacher):
 
 def test_weights_stay_tied_in_a_model_that_is_built_empty(tmp_path):
     """A tied head has no tensor of its own in the file, and none in memory."""
-    from sampling_models import qwen3
-
-    from distill.split import Split
-    from teachers.shard import load
-
     model = qwen3()
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -175,9 +176,6 @@ def test_weights_stay_tied_in_a_model_that_is_built_empty(tmp_path):
 
 
 def test_a_model_built_empty_and_filled_equals_the_one_transformers_loads(tmp_path):
-    from distill.split import Split
-    from teachers.shard import load
-
     model = deepseek()
     for layer in model.model.layers[1:]:
         layer.mlp.gate.e_score_correction_bias.normal_(0, 0.1)
@@ -189,3 +187,33 @@ def test_a_model_built_empty_and_filled_equals_the_one_transformers_loads(tmp_pa
     ids = torch.arange(40).view(2, 20)
     with torch.inference_mode():
         assert (loaded(ids).logits - model(ids).logits).abs().max() < 1e-4
+
+
+def test_experts_kept_in_fp8_hold_half_of_bfloat16_and_compute_the_widened_logits(fp8_teacher):
+    config, ids = check_checkpoint(fp8_teacher), torch.arange(40, 90)
+    logits, held = {}, {}
+    for keep in (False, True):
+        loaded = load(config, fp8_teacher, torch.float32, torch.device("cpu"), Split(), keep_fp8=keep)
+        experts = loaded.model.model.layers[2].mlp.experts
+        assert isinstance(experts.gate_up_proj, ScaledWeights) == keep
+        held[keep] = loaded.report.held_bytes
+        runner = Runner(loaded.model)
+        logits[keep] = runner.logits(runner.finish(runner.prefill(ids, torch.arange(50), [Segment(0, 50)], None, None)))
+    routed = sum(
+        tensor.nbytes
+        for file in fp8_teacher.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+        if ".experts." in name and tensor.dtype == torch.float8_e4m3fn
+    )
+    assert held[False] - held[True] >= 2.9 * routed  # four bytes become one, and a factor for 16,384
+    assert torch.equal(logits[False], logits[True])
+
+
+def test_experts_are_not_kept_in_fp8_where_one_is_stored_otherwise(fp8_teacher, tmp_path):
+    mixed = tmp_path / "mixed"
+    shutil.copytree(fp8_teacher, mixed)
+    name = "model.layers.3.mlp.experts.5.up_proj.weight"
+    file = next(file for file in mixed.glob("*.safetensors") if name in load_file(file))
+    save_file({k: t.float().bfloat16() if k == name else t for k, t in load_file(file).items()}, file)
+    with pytest.raises(ModelError, match=r"experts\.5\.up_proj\.weight is not FP8"):
+        load(check_checkpoint(mixed), mixed, torch.float32, torch.device("cpu"), Split(), keep_fp8=True)

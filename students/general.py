@@ -1,0 +1,247 @@
+"""General data for a student: read, kept apart from what the evaluation asks, answered by the base where it is held
+to its base.
+
+The base answers before training and is then freed: its distributions come from a cache file, like the teacher's, in
+4-student/NAME/general. Shards are captured in the order of a hash until they hold what training will use.
+"""
+
+import hashlib
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from distill import prompts
+from distill.config_mixture import BundledQuestions, General, GeneralSource
+from distill.dist import Ranks
+from distill.errors import DataError
+from distill.logit_cache import CacheReader, CacheWriter, cache_header
+from distill.records import CaptureSpec, Prompt, SampleRequest, SamplingParams, TokenDists, prompt_key, sample_seed
+from distill.store import StageFolder
+from distill.tokens import THINK_CLOSE, encode_completion, end_id, fingerprint, render_chat, split_thinking
+from students.data import Example, TraceData, fit
+from students.rollout import Rollout
+
+NAME = "general"
+SHARD_ROWS = 256
+_MAX_DRAWS = 50  # draws per wanted question before a kind counts as exhausted
+
+
+@dataclass(frozen=True)
+class Row:
+    """One conversation that ends with the assistant, or one plain text (messages empty)."""
+
+    messages: tuple[tuple[str, str], ...]
+    text: str = ""
+
+    @property
+    def key(self) -> str:
+        return prompt_key(self.text or json.dumps(self.messages, ensure_ascii=False))
+
+    @property
+    def questions(self) -> list[str]:
+        """What must not be asked in the evaluation."""
+        return [content for role, content in self.messages if role == "user"] or [self.text]
+
+    def prompt_ids(self, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+        """Up to where the assistant answers; of plain text its first token."""
+        if not self.messages:
+            return tokenizer.encode(self.text, add_special_tokens=False)[:1]
+        return render_chat(tokenizer, [{"role": role, "content": content} for role, content in self.messages[:-1]])
+
+    def completion_ids(self, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+        """The data's own answer, with its end token; of plain text all but the first token."""
+        if not self.messages:
+            return tokenizer.encode(self.text, add_special_tokens=False)[1:]
+        thinking, answer = split_thinking(self.messages[-1][1])
+        thinking, answer = ("", thinking) if answer is None else (thinking, answer)
+        return [*encode_completion(tokenizer, f"{thinking}{THINK_CLOSE}\n{answer}"), end_id(tokenizer)]
+
+
+def read_rows(sources: Sequence[GeneralSource], held_out: Iterable[Prompt], counts: Counter) -> list[Row]:
+    """The rows of all sources in the order of a hash, without repeats and without what is asked in `held_out`.
+
+    counts: read, duplicate and overlapping are added. DataError when nothing is left or a row cannot be used.
+    """
+    asked = {prompts.normalised(prompt.text) for prompt in held_out}
+    rows: dict[str, Row] = {}
+    for source in sources:
+        for row in _bundled(source) if source.kind == "bundled" else _from_file(source):
+            counts["read"] += 1
+            if any(prompts.normalised(question) in asked for question in row.questions):
+                counts["overlapping"] += 1
+            elif rows.setdefault(row.key, row) is not row:
+                counts["duplicate"] += 1
+    if not rows:
+        raise DataError(
+            f"no general data is left: {counts['overlapping']} of {counts['read']} rows are asked in the evaluation",
+            where="train.general.sources",
+            remedy="Add other sources, or set train.general: null.",
+        )
+    return [rows[key] for key in sorted(rows, key=lambda key: hashlib.sha256(key.encode()).digest())]
+
+
+def _bundled(source: BundledQuestions) -> Iterator[Row]:
+    from distill.tasks.general import KINDS, general_item  # its words take a second to load
+    from distill.tasks.split import is_heldout
+
+    for kind in KINDS:
+        rng, seen = random.Random(f"general/{source.seed}/{kind}"), set()
+        for _ in range(source.per_kind * _MAX_DRAWS):
+            if len(seen) == source.per_kind:
+                break
+            prompt = general_item(kind, rng)
+            if prompt.key not in seen and not is_heldout(prompt):
+                seen.add(prompt.key)
+                yield Row((("user", prompt.text), ("assistant", f"\\boxed{{{prompt.answer}}}")))
+
+
+def _from_file(source: GeneralSource) -> Iterator[Row]:
+    for where, row in prompts.source_rows(source, [source.field]):
+        value = row.get(source.field)
+        if isinstance(value, str) and value.strip():
+            yield Row((), value)
+        elif _is_conversation(value):
+            yield Row(tuple((message["role"], message["content"]) for message in value))
+        else:
+            raise DataError(
+                f"the field {source.field!r} is neither text nor a conversation that ends with the assistant",
+                where=where,
+                value=str(value)[:80],
+                remedy="Write [{role: user, content: ...}, {role: assistant, content: ...}], or name another field.",
+            )
+
+
+def _is_conversation(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) > 1
+        and all(isinstance(m, dict) and isinstance(m.get("content"), str) and m.get("role") for m in value)
+        and value[-1]["role"] == "assistant"
+    )
+
+
+class GeneralRows:
+    """The rows of a config's general data for one tokenizer, and the examples that they become."""
+
+    def __init__(self, settings: General, tokenizer: PreTrainedTokenizerFast, asked: Iterable[Prompt]):
+        self.tokenizer, self.counts = tokenizer, Counter()
+        self.rows = read_rows(settings.sources, asked, self.counts)
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits over the rows in their order."""
+        return hashlib.sha256("/".join(row.key for row in self.rows).encode()).hexdigest()[:16]
+
+    def load(
+        self, needed_tokens: float, caches: dict[str, CacheReader] | None, max_seq_tokens: int, too_long: str
+    ) -> TraceData:
+        """Rows that hold needed_tokens input tokens, or all there are: with the base's answers where `caches` has them
+        (Base.capture), with the data's own where it is None. DataError when none fits a row of max_seq_tokens."""
+        found = self._own_answers(needed_tokens) if caches is None else self._base_answers(caches)
+        examples = fit(found, max_seq_tokens, too_long, self.counts)
+        if not examples:
+            raise DataError(
+                f"none of {len(found)} rows of general data fits {max_seq_tokens} tokens",
+                where="train.general",
+                remedy="Raise train.max_seq_tokens, or set train.too_long: split.",
+            )
+        data = TraceData(examples, caches, self.counts)
+        self.counts.update(rows=len(found), trained_tokens=sum(data.trained), input_tokens=sum(data.lengths))
+        return data
+
+    def _own_answers(self, needed_tokens: float) -> list[Example]:
+        examples, tokens = [], 0
+        for row in self.rows:
+            prompt_ids, completion_ids = row.prompt_ids(self.tokenizer), row.completion_ids(self.tokenizer)
+            if completion_ids:  # a text of one token predicts nothing
+                examples.append(Example(row.key, prompt_ids, completion_ids, NAME, completion_ids))
+                tokens += examples[-1].whole_tokens
+            if tokens >= needed_tokens:
+                break
+        return examples
+
+    def _base_answers(self, caches: dict[str, CacheReader]) -> list[Example]:
+        shard_of = {key: shard for shard, reader in caches.items() for key in reader.keys()}  # noqa: SIM118
+        examples = []
+        for row in self.rows:
+            if (shard := shard_of.get(row.key)) is not None:
+                ids = caches[shard][row.key].sampled_T.tolist()
+                examples.append(Example(row.key, row.prompt_ids(self.tokenizer), ids, shard, ids))
+        return examples
+
+
+@dataclass
+class Base:
+    """The base, asked. load: gives it in memory, called when a shard is missing."""
+
+    fingerprint: str
+    load: Callable[[], Rollout]
+    settings: General
+    spec: CaptureSpec
+    run_seed: int
+
+    def capture(
+        self, stage: StageFolder, rows: GeneralRows, needed_tokens: float, ranks: Ranks
+    ) -> dict[str, CacheReader]:
+        """Shard -> its answers and distributions on the first rows that hold needed_tokens, in the opened stage.
+
+        All ranks call this; each makes one shard of a round.
+        """
+        tokenizer, each, rollout = rows.tokenizer, SHARD_ROWS, None
+        shards = [(f"{NAME}-{i // each:05d}.cache", rows.rows[i : i + each]) for i in range(0, len(rows.rows), each)]
+        used, tokens = [], 0
+        while shards[len(used) :] and tokens < needed_tokens:
+            group = shards[len(used) : len(used) + ranks.world]
+            for name, some in group[ranks.rank : ranks.rank + 1]:
+                if not stage.has_shard(name):
+                    rollout = rollout or self.load()
+                    self._make_shard(stage, name, some, rollout, tokenizer)
+            ranks.barrier()
+            used += [name for name, _ in group]
+            tokens += sum(stage.check_shard(name).info["tokens"] for name, _ in group)
+        caches = {name.removesuffix(".cache"): CacheReader(stage.path / name) for name in used}
+        for reader in caches.values():
+            reader.require(tokenizer_fingerprint=fingerprint(tokenizer), complete=True)
+        return caches
+
+    def _make_shard(
+        self, stage: StageFolder, name: str, rows: Sequence[Row], rollout: Rollout, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        prompt_ids = {row.key: row.prompt_ids(tokenizer) for row in rows}
+        found = self._answers(rows, prompt_ids, rollout) | self._texts(rows, prompt_ids, rollout, tokenizer)
+        tokens = sum(len(prompt_ids[key]) + len(dists) - 1 for key, dists in found.items())
+        header = cache_header(tokenizer, self.fingerprint, rollout.vocab_size, self.spec)
+
+        def write(path: Path) -> None:
+            with CacheWriter(path, header) as writer:
+                for key, dists in found.items():
+                    writer.append(key, dists)
+
+        stage.write_shard(name, write, {"rows": len(found), "tokens": tokens})
+
+    def _answers(
+        self, rows: Sequence[Row], prompt_ids: dict[str, list[int]], rollout: Rollout
+    ) -> dict[str, TokenDists]:
+        """What it answers to each conversation."""
+        asked = [row.key for row in rows if row.messages]
+        requests = [SampleRequest(k, 0, tuple(prompt_ids[k]), sample_seed(self.run_seed, k, 0)) for k in asked]
+        params = SamplingParams(self.settings.temperature, 1.0, 0, self.settings.max_new_tokens)
+        found = {sample.key: sample.dists for sample in rollout.sample(requests, params, self.spec)}
+        return {key: found[key] for key in asked}
+
+    def _texts(
+        self,
+        rows: Sequence[Row],
+        prompt_ids: dict[str, list[int]],
+        rollout: Rollout,
+        tokenizer: PreTrainedTokenizerFast,
+    ) -> dict[str, TokenDists]:
+        """What it would say at every token of each plain text."""
+        pairs = {row.key: (prompt_ids[row.key], row.completion_ids(tokenizer)) for row in rows if not row.messages}
+        pairs = {key: pair for key, pair in pairs.items() if pair[1]}
+        return dict(zip(pairs, rollout.score(list(pairs.values()), self.spec))) if pairs else {}

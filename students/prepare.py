@@ -1,0 +1,140 @@
+"""All that one student is trained on, from a config: the run's traces, other runs' traces, general data.
+
+Some of the run's own traces may be held out, to evaluate on while it trains.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from distill.checkpoints import fingerprint_checkpoint
+from distill.config import Capture, Config, Student
+from distill.config_mixture import General, TraceSet
+from distill.dist import Ranks
+from distill.logit_cache import CacheReader
+from distill.records import CaptureSpec, Prompt
+from distill.store import RunFolder, StageFolder
+from students import general
+from students.data import TraceData, load_traces
+from students.mixture import Mixture, Part, hold_out
+from students.model import load_student
+from students.packing import Passes, TrainPlan
+from students.rollout import Rollout
+
+TRACES = "traces"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """data and its plan; held_out: examples to evaluate on, None without; notes: lines for the user."""
+
+    data: Mixture
+    plan: TrainPlan
+    held_out: TraceData | None
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What the sets of one student are made of. asked: what the evaluation asks, which general data must not."""
+
+    config: Config
+    student: Student
+    tokenizer: PreTrainedTokenizerFast
+    stage: StageFolder
+    ranks: Ranks
+    dtype: torch.dtype
+    asked: Sequence[Prompt] = ()
+
+    def run(self, traces: StageFolder, logits: StageFolder | None) -> Prepared:
+        """Reads every set; all ranks call it. Errors: DataError as load_traces and students.general."""
+        train, loss = self.config.train, self.student.loss
+        alpha = loss.alpha if loss.kind == "logits" else 0.0
+        own, held_out = hold_out(
+            self._traces(traces, logits, self.config.teacher.path), train.eval_traces, self.config.run.seed
+        )
+        parts = [Part(TRACES, own, 1.0, alpha)]
+        for each in train.trace_sets:
+            parts.append(Part(each.name, self._of_run(each), each.weight, alpha))
+        if train.general is not None:
+            parts.append(self._general(train.general, sum(sum(p.data.lengths) * p.weight for p in parts)))
+        data = Mixture(parts)
+        plan = TrainPlan(
+            data.keys,
+            data.lengths,
+            data.trained,
+            row_tokens=train.max_seq_tokens,
+            batch_tokens=train.batch_tokens,
+            epochs=train.epochs,
+            seed=self.config.run.seed,
+            passes=Passes([len(part.data.examples) for part in parts], [part.weight for part in parts]),
+            curriculum=train.curriculum,
+        )
+        return Prepared(data, plan, held_out, list(self._notes(parts, plan)))
+
+    def _traces(self, traces: StageFolder, logits: StageFolder | None, teacher_path: str | None) -> TraceData:
+        logits = logits if self.student.loss.kind == "logits" else None
+        train = self.config.train
+        return load_traces(
+            traces,
+            logits,
+            self.tokenizer,
+            train.max_seq_tokens,
+            teacher_path,
+            too_long=train.too_long,
+            target=self.student.loss.target,
+        )
+
+    def _of_run(self, each: TraceSet) -> TraceData:
+        run = run_of(each)
+        traces = run.stage("traces")
+        teacher = traces.manifest["spec"].get("teacher", {})
+        return self._traces(traces, run.stage("logits"), teacher.get("path"))
+
+    def _general(self, settings: General, trace_tokens: float) -> Part:
+        """So many passes over the general data in an epoch that it makes up its share of the tokens."""
+        wanted = settings.share / (1 - settings.share) * trace_tokens
+        rows = general.GeneralRows(settings, self.tokenizer, self.asked)
+        needed, base = wanted * self.config.train.epochs, settings.loss == "kl_to_base"
+        caches = self._captured(settings, rows, needed) if base else None
+        data = rows.load(needed, caches, self.config.train.max_seq_tokens, self.config.train.too_long)
+        return Part(general.NAME, data, wanted / sum(data.lengths), 1.0 if base else 0.0)
+
+    def _captured(self, settings: General, rows: "general.GeneralRows", needed: float) -> dict[str, CacheReader]:
+        seed, base = self.config.run.seed, fingerprint_checkpoint(self.student.path)
+        capture = self.config.teacher.capture or Capture()
+        spec = CaptureSpec(capture.k_max, capture.tail_bound)
+        folder = StageFolder(self.stage.run, "train", f"{self.student.name}/{general.NAME}")
+        of_settings = settings.model_dump(mode="json", exclude={"share", "loss"})
+        spec_of_stage = {"general": of_settings, "capture": [spec.k_max, spec.tail_bound], "seed": seed}
+        inputs = {"base": base, "rows": rows.digest}
+        self.ranks.on_main(lambda: folder.open(spec_of_stage, inputs) and None)
+        if not self.ranks.is_main:
+            folder.open(spec_of_stage, inputs)
+
+        def load() -> Rollout:
+            model, tokenizer = load_student(self.student.path, self.dtype, packed=False)
+            return Rollout(model, tokenizer, self.ranks.device, self.config.eval.batch_size)
+
+        asking = general.Base(base, load, settings, spec, seed)
+        return asking.capture(folder, rows, needed, self.ranks)
+
+    def _notes(self, parts: list[Part], plan: TrainPlan):
+        if parts[0].data.aligned is not None:
+            yield parts[0].data.aligned.describe()
+        if len(parts) > 1:
+            tokens = [sum(part.data.lengths) * part.weight for part in parts]
+            shares = [
+                f"{part.name} {t / sum(tokens):.0%} ({len(part.data.examples)} examples, {part.weight:.2g} passes)"
+                for part, t in zip(parts, tokens)
+            ]
+            yield f"{self.student.name}: an epoch's tokens are {', '.join(shares)}"
+
+
+def run_of(each: TraceSet) -> RunFolder:
+    """The run that a set of traces comes from."""
+    path = Path(each.run)
+    return RunFolder(path.parent, path.name, commit="")

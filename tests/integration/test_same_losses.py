@@ -1,0 +1,46 @@
+"""One training, however it is split over ranks, ZeRO stages and micro-batches, has one curve of losses."""
+
+from itertools import product
+
+import pytest
+from training_worlds import same_losses
+
+from benchmarks.compare_losses import compare, read_log
+
+pytestmark = pytest.mark.timeout(900)
+
+# (ranks, ZeRO stage, rows of a micro-batch); a step has four rows
+QUICK = [(1, 2, 3), (2, 1, 1), (2, 3, 2)]
+ALL = [each for each in product((1, 2, 4), (1, 2, 3), (1, 2, 4)) if each not in QUICK]
+SHARED_ROWS = [(2, 1, 2, 1), (2, 3, 2, 2), (4, 2, 2, 1)]  # and ranks that share a row
+
+
+@pytest.fixture(scope="module")
+def expected(trainings, world, tmp_path_factory):
+    """The reference: one rank, whole steps, ZeRO off."""
+    out = tmp_path_factory.mktemp("reference")
+    trainings(world, out, train={"zero_stage": 0}).ok()
+    return out
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stage", "rows"), [*QUICK, *(pytest.param(*each, marks=pytest.mark.slow) for each in ALL)]
+)
+def test_losses_are_the_same_for_any_ranks_stage_and_split(trainings, world, expected, tmp_path, ranks, stage, rows):
+    trainings(world, tmp_path, ranks=ranks, train={"zero_stage": stage, "micro_batch_tokens": 96 * rows}).ok()
+    same_losses(tmp_path, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "stage", "sharing", "rows"), SHARED_ROWS)
+def test_losses_are_the_same_when_ranks_share_rows(trainings, world, expected, tmp_path, ranks, stage, sharing, rows):
+    changes = {"zero_stage": stage, "micro_batch_tokens": 96 * rows, "sequence_parallel": sharing}
+    trainings(world, tmp_path, ranks=ranks, train=changes).ok()
+    same_losses(tmp_path, expected)
+
+
+def test_another_learning_rate_has_other_losses(trainings, world, expected, tmp_path):
+    """The tolerance is small enough to see a change of a thousandth in a setting."""
+    trainings(world, tmp_path, train={"zero_stage": 0, "lr": 3.003e-3}).ok()
+    found = compare(read_log(tmp_path / "log.jsonl"), read_log(expected / "log.jsonl"))
+    assert found.first is not None and found.first.step > 1  # the first step is taken before any update
