@@ -51,11 +51,14 @@ class TeacherChain:
                     return int(ids[drawn])
         return int(rng.choice(self.unigram_ids, p=self.unigram_p))
 
-    def dists(self, ids: np.ndarray, k_max: int, tail_bound: float) -> TokenDists:
+    def dists(self, ids: np.ndarray, k_max: int, tail_bound: float, draws: int = 0, seed: int = 0) -> TokenDists:
         """What a capture of this trace would hold: most likely tokens until the tail is below the bound, the sampled
-        one always."""
+        one always; with `draws`, so many draws from the tail's likelier part (CaptureSpec.tail_draws)."""
         *context, token = (column.tolist() for column in _windows(ids))
         parts = [self._capture(before, last, k_max, tail_bound) for *before, last in zip(*context, token)]
+        if draws:
+            u = np.random.default_rng(seed).random(len(ids))
+            parts = [self._drawn(before, *part, draws, at) for *before, part, at in zip(*context, parts, u)]
         zeros = np.zeros(len(ids), np.float32)
         return TokenDists(
             np.cumsum([0, *(len(part[0]) for part in parts)]),
@@ -72,6 +75,19 @@ class TeacherChain:
         if (ids[:size] == sampled).any():
             return ids[:size], p[:size]
         return np.append(ids[:size], sampled), np.append(p[:size], self._probability(context, np.array([sampled])))
+
+    def _drawn(self, context: list[int], kept: np.ndarray, p: np.ndarray, draws: int, u: float):
+        """(ids, masses): the kept ones and those drawn at equal distances in what else `_distribution` knows."""
+        ids, likely, _ = self._distribution(context)
+        outside = ~np.isin(ids, kept)
+        mass = likely[outside].sum()
+        if mass <= 0:
+            return kept, p
+        at = np.searchsorted(np.cumsum(likely[outside]), (u + np.arange(draws)) / draws * mass)
+        drawn, times = np.unique(np.minimum(at, outside.sum() - 1), return_counts=True)
+        ids, p = np.append(kept, ids[outside][drawn]), np.append(p, times * mass / draws)
+        order = np.argsort(-p, kind="stable")
+        return ids[order], p[order]
 
     def _distribution(self, context: list[int]):
         """(ids, probabilities, their running sum), the most likely first; complete for the first 256."""

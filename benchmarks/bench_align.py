@@ -13,7 +13,8 @@ those of one process on one core (CPU time), the pair mask empty at the start. R
                                      (classes of tokens by bucket), over the aligned positions, K stored tokens each
 
 PART: exact = only strings that both hold; buckets; mask = and impossible neighbours ruled out; keep = and weighed by
-how often the text agrees; whole_tail = keep, but the whole tail counted as other tokens.
+how often the text agrees; whole_tail = keep, but the whole tail counted as other tokens; draws = keep, with DRAWS draws
+in the place of the tail.
 """
 
 import os
@@ -46,6 +47,7 @@ from distill.tokens import load_tokenizer
 
 STUDENTS = ("qwen3", "llama3", "gemma3")
 SUPPORTS = (8, 16, 64)
+DRAWS = 4
 CAPTURE = CaptureSpec(k_max=64, tail_bound=1e-3)
 TRACES_PER_CALL = 200
 GOAL_BIAS, GOAL_SPEED, GOAL_TABLES = "<= 0.0105", ">= 50000", "< 30"
@@ -169,11 +171,15 @@ def bias_rows(name, aligner: Aligner, chain: TeacherChain, traces: list[np.ndarr
         parts["mask"] = make_targets(tables, alignment, **known, pairs=aligner.pairs)
         parts["keep"] = make_targets(tables, alignment, **known, pairs=aligner.pairs, keep_P=aligner.keep_P)
         parts["whole_tail"] = replace(parts["keep"], **whole_tail(parts["keep"], alignment, dists))
+        drawn = [chain.dists(ids, k, 0.0, DRAWS, seed) for seed, ids in enumerate(traces[half:])]
+        known = {"dists": drawn, "capture": CaptureSpec(k, 0.0, DRAWS), "pairs": aligner.pairs}
+        parts["draws"] = make_targets(tables, alignment, **known, keep_P=aligner.keep_P)
         for part, targets in parts.items():
             fixed = (by_token, exact, exact_alignment) if part == "exact" else (by_bucket, tables, alignment)
-            rest_N = beyond_support(*fixed[1:], dists, k)
+            # Draws make up for what a support lacks, so there nothing has to be counted as one of the rest.
+            rest_N = beyond_support(*fixed[1:], dists, k) & (part != "draws")
             mean, error = bias(*fixed, targets, targets.kind_N == ALIGNED, rest_N)
-            goal = GOAL_BIAS if part == "keep" and k == 64 else None
+            goal = GOAL_BIAS if (part == "keep" and k == 64) or part == "draws" else None
             rows += bias_row(f"{name}/aligned/{part}/k{k}", mean, error, goal)
         inner_N = parts["keep"].kind_N == INNER
         rows += bias_row(

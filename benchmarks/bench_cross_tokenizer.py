@@ -39,15 +39,15 @@ OTHERS = ("qwen", "llama")
 
 
 def plan(seeds: list[int], students: list[str], methods: list[str]) -> list[tuple[str, str, int]]:
-    """(student, method, seed) of every training, whole seeds first; a student before training is method "base"."""
+    """(student, method, seed) of every training, whole methods first; a student before training is method "base"."""
     from benchmarks.cross_train import METHODS
 
     return [
         (student, method, seed)
+        for method in ("base", *methods)
         for seed in seeds
         for student in students
-        for method in ("base", *METHODS[student])
-        if method in ("base", *methods)
+        if method in ("base", *METHODS[student])
     ]
 
 
@@ -88,6 +88,7 @@ def measure(folder: Path, job: tuple[str, str, int], settings: dict, device: str
         texts = cross_data.read_texts(folder / f"seed{seed}")
         run = cross_train.Run(student, method, seed, settings["epochs"], device)
         found = cross_train.run_one(run, texts, eval_texts, prompts, settings["k"], cross_data.TEACHER)
+    found["device"] = torch.cuda.get_device_name(device) if device != "cpu" else f"cpu{os.cpu_count()}"
     path.write_text(json.dumps(found))
 
 
@@ -126,11 +127,14 @@ def run_all(first: dict[int | None, tuple], jobs: list[tuple], devices: list[str
 
 
 def load(folder: Path, student: str, method: str, seeds: list[int]) -> list[dict]:
-    return [json.loads((folder / f"{method}-{student}-{seed}.json").read_text()) for seed in seeds]
+    """What was measured, by seed; nothing while a seed is missing."""
+    paths = [folder / f"{method}-{student}-{seed}.json" for seed in seeds]
+    return [json.loads(path.read_text()) for path in paths] if all(path.exists() for path in paths) else []
 
 
 def rows_of(folder: Path, seeds: list[int], students: list[str], methods: list[str]) -> list[dict]:
-    """The figures of all trainings."""
+    """The figures of every method that all seeds are finished of."""
+    from benchmarks.cross_losses import PEERS
     from benchmarks.cross_train import METHODS
     from distill.evals import stats
 
@@ -140,7 +144,9 @@ def rows_of(folder: Path, seeds: list[int], students: list[str], methods: list[s
     for student in students:
         base_PK = np.concatenate([np.array(r["right_PK"]) for r in load(folder, student, "base", seeds)], 1)
         for method in ("base", *(m for m in METHODS[student] if m in methods)):
-            found = load(folder, student, method, seeds)
+            if not (found := load(folder, student, method, seeds)):
+                print(f"{method}/{student} is not finished: run again to go on")
+                continue
             right = [np.array(each["right_PK"]) for each in found]
             rows += figures(f"{method}/{student}", found, np.concatenate(right, 1))
             if method != "base":
@@ -149,7 +155,7 @@ def rows_of(folder: Path, seeds: list[int], students: list[str], methods: list[s
                 gaps[method, student] = float(np.mean(each)), gap, each
     for (method, student), (value, gap, each) in gaps.items():
         name = f"gap_recovered/{method}/{student}"
-        peer = method not in ("ours", "response")
+        peer = method in PEERS
         rows.append(row(name, value, "share of the gap", goal=goal_of(method, student, gaps), peer=peer))
         for end, at in (("ci_low", gap.low), ("ci_high", gap.high)):
             rows += [] if at is None else [row(f"{name}/{end}", at, "share of the gap")]
@@ -157,7 +163,18 @@ def rows_of(folder: Path, seeds: list[int], students: list[str], methods: list[s
         if len(each) > 1:
             error = float(np.std(each, ddof=1) / len(each) ** 0.5)
             rows.append(row(f"{name}/seed_error", error, "share of the gap"))
-    return rows
+    return rows + closest(rows)
+
+
+def closest(rows: list[dict]) -> list[dict]:
+    """For each student with another tokenizer the bits per byte of the best other method over ours."""
+    value, found = {each["name"]: each["value"] for each in rows}, []
+    for student in OTHERS:
+        names = [n for n in value if n.startswith("bits_per_byte/") and n.endswith(f"/{student}")]
+        others = [value[n] for n in names if not n.startswith(("bits_per_byte/ours/", "bits_per_byte/base/"))]
+        if others and (own := value.get(f"bits_per_byte/ours/{student}")):
+            found.append(row(f"bits_per_byte_best_other_over_ours/{student}", min(others) / own, "times", goal="> 1"))
+    return found
 
 
 def goal_of(method: str, student: str, gaps: dict) -> str | None:
@@ -213,6 +230,7 @@ def main() -> None:
     parser.add_argument("--per-gpu", type=int, default=4, help="trainings at a time on one of them")
     parser.add_argument("--share", type=float, default=1.0, help="of the problems")
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--report", action="store_true", help="train nothing; the rows of what is finished")
     parser.add_argument("--texts", type=int, default=300, help="teacher completions that KL is measured on")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -220,10 +238,11 @@ def main() -> None:
     settings = {"share": args.share, "k": K, "epochs": args.epochs, "texts": args.texts}
     first = {seed: (prepare, seed, args.share, K) for seed in (None, *args.seeds)}
     jobs = [(measure, job, settings) for job in plan(args.seeds, args.students, args.methods)]
-    run_all(first, jobs, devices, args.folder)
+    if not args.report:
+        run_all(first, jobs, devices, args.folder)
     rows = rows_of(args.folder, args.seeds, args.students, args.methods)
     print_table(rows)
-    device = torch.cuda.get_device_name() if args.gpus else f"cpu{os.cpu_count()}"
+    device = load(args.folder, args.students[0], "base", args.seeds)[0]["device"]
     question = "Does a student with another tokenizer learn as much of a cached teacher as one with the teacher's own?"
     print(write("cross_tokenizer", question, rows, device=f"{device}, {platform.machine()}", commit=commit()))
 

@@ -237,19 +237,26 @@ def main() -> None:
     )
     parser.add_argument("--dense", action="store_true", help="a dense model in its place: see teacher_dense.py")
     parser.add_argument("--gpus", type=int, default=1, help="more than one: the model split over them")
-    args = parser.parse_args()
+    parser.add_argument("--ways", help="of --gpus: only these splits, 1x2: tensor parallel 1, expert parallel 2")
+    parser.add_argument("--score", action="store_true", help="scoring and speculative decoding: see teacher_score.py")
+    args, question = parser.parse_args(), (__doc__ or "").splitlines()[0]
     if args.gpus > 1:
         from benchmarks import teacher_ranks
 
-        rows, what = teacher_ranks.measure(args.gpus, args.quick), f"teacher-{args.gpus}gpu"
+        rows, what = teacher_ranks.measure(args.gpus, args.quick, args.ways), f"teacher-{args.gpus}gpu"
+        question = (teacher_ranks.__doc__ or "").splitlines()[0]
     elif args.dense:
         from benchmarks import teacher_dense
 
         rows, what = teacher_dense.measure(args.quick), "teacher-dense"
+    elif args.score:
+        from benchmarks import teacher_score
+
+        rows, what = teacher_score.measure(args.quick), "teacher-score"
+        question = (teacher_score.__doc__ or "").splitlines()[0]
     else:
         rows, what = measure(args.quick), "teacher"
     if not args.quick:
-        question = (__doc__ or "").splitlines()[0]
         name = torch.cuda.get_device_name()  # "NVIDIA H100 80GB HBM3": the file is named after the second word
         print(write(what, question, rows, device=f"{name.split()[1].lower()}, {name}", commit=commit()))
 

@@ -7,6 +7,7 @@
              earlier ones had; strings that both vocabularies hold are compared by generalised Jensen-Shannon (beta
              1/2), all others sorted, as ULD; weights by the share of the vocabulary that is shared; no CE
     gold_ce  the same + CE
+    alm      Minixhofer et al. 2025: CE + how likely both find each group, as a yes or no (distill.losses.chunks)
     shared   forward KL over the strings that both hold, both renormalised, where one token stands against one; 0.9 of
              it + 0.1 CE there, CE elsewhere
 
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from distill.align import Aligner
 from distill.align_spans import Alignment
+from distill.losses.chunks import chunk_divergence
 
 ULD_WEIGHT, GOLD_BETA, SHARED_ALPHA = 1.5, 0.5, 0.9
 
@@ -130,6 +132,13 @@ def gold_ce(batch: PairBatch) -> Tensor:
     return gold(batch) + batch.ce_N.sum()
 
 
+def alm(batch: PairBatch) -> Tensor:
+    """CE + the binary divergence of every group, summed."""
+    own = (batch.logp_NV, batch.labels_N, batch.student_first_R, batch.student_last_R)
+    theirs = (batch.logp_TW, batch.labels_T, batch.teacher_first_R, batch.teacher_last_R)
+    return batch.ce_N.sum() + chunk_divergence(_likelihood(*theirs), _likelihood(*own)).sum()
+
+
 def shared(batch: PairBatch) -> Tensor:
     """Shared-vocabulary KL where one token stands against one, CE elsewhere, summed."""
     one_R = batch.student_first_R == batch.student_last_R
@@ -152,9 +161,14 @@ def generalised_jsd(logp_RU: Tensor, logq_RU: Tensor, beta: float) -> Tensor:
 
 def _merged(logp_XV: Tensor, labels_X: Tensor, first_R: Tensor, last_R: Tensor) -> Tensor:
     """[R, V] log: the last token's distribution times the probabilities of the group's earlier tokens."""
-    own_X = logp_XV.gather(1, labels_X[:, None])[:, 0]
+    return logp_XV[last_R] + _likelihood(logp_XV, labels_X, first_R, last_R - 1)[:, None]
+
+
+def _likelihood(logp_XV: Tensor, labels_X: Tensor, first_R: Tensor, last_R: Tensor) -> Tensor:
+    """[R] log: the probability of the tokens first .. last."""
+    own_X = logp_XV.gather(1, labels_X[:, None])[:, 0].double()  # a long sum, of which differences are wanted
     before_X1 = F.pad(own_X.cumsum(0), (1, 0))
-    return logp_XV[last_R] + (before_X1[last_R] - before_X1[first_R])[:, None]
+    return (before_X1[last_R + 1] - before_X1[first_R]).to(logp_XV.dtype)
 
 
 def _without(logp_RV: Tensor, ids_U: Tensor) -> Tensor:
@@ -163,4 +177,4 @@ def _without(logp_RV: Tensor, ids_U: Tensor) -> Tensor:
     return logp_RV[:, keep_V]
 
 
-PEERS = {"uld": uld, "gold": gold, "gold_ce": gold_ce, "shared": shared}
+PEERS = {"uld": uld, "gold": gold, "gold_ce": gold_ce, "alm": alm, "shared": shared}

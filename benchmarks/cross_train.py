@@ -31,10 +31,10 @@ from students.model import load_student
 from students.rollout import Rollout
 from students.schedule import learning_rate
 
-ALPHA = 0.9  # as in configs/demo.yaml
 SETTINGS = Train(lr=4e-3, embedding_lr_ratio=0.1)
 TRACES_PER_STEP = 20  # about 2,048 teacher tokens with their problems
 STUDENTS = {name: f"teachers/tiny/student-{name}" for name in ("same", "qwen", "llama")}
+ALPHA = 0.9  # as in configs/demo.yaml
 METHODS = {"same": ("response", "ours"), "qwen": ("response", "ours", *PEERS), "llama": ("response", "ours", *PEERS)}
 
 

@@ -8,6 +8,7 @@ its micro-batches in another order, and the same run in float32.
 import argparse
 import json
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -22,8 +23,10 @@ MODEL = "teachers/tiny/student-same"
 def rows(gpus: int) -> list[dict]:
     """The largest gap in loss over the steps between one GPU and each way to use N, and what rounding alone does."""
     module = "benchmarks.student_curve"
-    one = {each["name"]: each["losses"] for each in launched(module, 1, "--runs", "plain", "reordered", "float32")}
-    many = {each["name"]: each["losses"] for each in launched(module, gpus, "--runs", "plain", "ulysses")}
+    launches = [(1, ("plain", "reordered", "float32")), (gpus, ("plain", "ulysses"))]
+    with ThreadPoolExecutor(2) as pool:  # side by side: nothing is timed here
+        done = pool.map(lambda launch: launched(module, launch[0], "--runs", *launch[1]), launches)
+    one, many = ({each["name"]: each["losses"] for each in found} for found in done)
     if len(one) < 3 or len(many) < 2:
         return []
 

@@ -38,7 +38,7 @@ from teachers.sampler import PagedGenerator
 from teachers.shard import load
 from teachers.slices import Piece
 
-BATCHES = (64, 256)
+BATCHES = (256,)
 SEQUENCES, TOKENS = 4, 64  # whose logits are compared
 SAMPLES, DRAWN = 16, 24  # whose tokens are: greedy, since every draw of these flat distributions is a close call
 SPEED_UP = 0.85  # of the number of GPUs, at the largest batch
@@ -149,20 +149,20 @@ class Bench:
         self.ranks.print(f"[{time.strftime('%T')}] {what}; {(total - free) / 2**30:.1f} GiB in use")
 
     def one(self) -> None:
-        """Rank 0 alone, with the whole model: the speed, and the numbers that the others must say too."""
-        found = None
+        """The whole model on one GPU: rank 0 says how fast it is, the last rank what it says in float32."""
+        found, split = {}, Split()
         if self.ranks.is_main:
-            found, split = {}, Split()
             with Model(split, torch.bfloat16, self.ranks.device) as loop:
                 self.say("one GPU, bfloat16")
                 found["bf16"] = logits(loop(4), split)
                 for batch in BATCHES:
                     found[batch] = decode_rate(loop(batch), batch, self.new, CAPTURE, DRAW)
                 found["score"] = score_rate(loop(16), self.scored)
+        elif self.ranks.rank == self.ranks.world - 1:
             with Model(split, torch.float32, self.ranks.device) as loop:
-                self.say("one GPU, float32")
                 found["fp32"], found["samples"] = logits(loop(SAMPLES), split), samples(loop(SAMPLES), split)
-        self.whole = self.ranks.broadcast(found)
+        for part in self.ranks.gather(found):
+            self.whole |= part
         for batch in BATCHES:
             self.add(f"decode_tokens_per_s/b{batch}/1gpu", self.whole[batch], "tokens/s")
         self.add("score_tokens_per_s/1gpu", self.whole["score"], "tokens/s")
@@ -212,12 +212,13 @@ class Bench:
         return self.rows
 
 
-def measure(gpus: int, quick: bool) -> list[dict]:
-    """The rows of a launch of so many ranks on this host."""
+def measure(gpus: int, quick: bool, ways: str | None = None) -> list[dict]:
+    """The rows of a launch of so many ranks on this host; ways: as --ways."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
         command += ["-m", "benchmarks.teacher_ranks", "--out", str(out)] + ["--quick"] * quick
+        command += ["--ways", ways] if ways else []
         subprocess.run(command, check=True, env={"OMP_NUM_THREADS": "4"} | os.environ)
         return json.loads(out.read_text())
 
@@ -226,7 +227,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help="128 new tokens")
-    parser.add_argument("--ways", help="only these splits, such as 1x2 for tensor parallel 1, expert parallel 2")
+    parser.add_argument("--ways", help="only these splits: 1x2,2x2 for tensor parallel 1 and 2, expert parallel 2")
     args = parser.parse_args()
     ranks = init_ranks("cuda")
     splits = [(tensor, ranks.world) for tensor in sorted({1, 2, ranks.world})]

@@ -89,22 +89,32 @@ def train_memory(g: Geometry, train: Train, gpus: int, adapter: Adapter | None =
         "gradients": state.gradients / share[1],
         "optimizer": state.optimizer / share[2] if train.offload == "none" else 0.0,
         "average": state.average / share[2],
-        "activations": activation_bytes(g, tokens, train.activation_checkpointing, element),
+        "activations": activation_bytes(g, tokens, train, element),
         "logits chunk": 4.0 * min(CHUNK_TOKENS, tokens) * g.vocab_size,
         "gathered layers": float(gathered * element),
         "workspace": TRAIN_RUNTIME_BYTES + 2 * min(BUCKET_ELEMENTS * element, state.gradients),
     }
 
 
-def activation_bytes(g: Geometry, tokens: int, checkpointing: bool, element: int = 2) -> float:
-    """What the backward pass needs of `tokens`: every layer's tensors, or every layer's input and one layer's tensors.
+def activation_bytes(g: Geometry, tokens: int, train: Train, element: int = 2) -> float:
+    """What the backward pass needs of `tokens`: what every layer keeps for it, and what it computes again of one layer.
 
-    A layer keeps two norm inputs and outputs (4 h), queries and the attention's output, keys and values, and four
-    tensors of the gated MLP (gate, up, activated gate, product); attention scores are never stored.
+    A layer's tensors are two norm inputs and outputs (4 h), queries and the attention's output, keys and values, and
+    four tensors of the gated MLP (gate, up, activated gate, product), of one part of `mlp_tiles` at a time; attention
+    scores are never stored. Recomputed, a layer keeps its input and its attention's output, or its products too. Two
+    layers' share of what waits in host memory is on its way.
     """
-    attention = 2 * g.heads * head_dim(g) + 2 * kv_heads(g) * head_dim(g)
-    layer = tokens * element * (4 * g.hidden_size + attention + 4 * g.intermediate_size)
-    return float(tokens * element * g.hidden_size * g.layers + layer) if checkpointing else float(layer * g.layers)
+    hidden, query, key = g.hidden_size, g.heads * head_dim(g), kv_heads(g) * head_dim(g)
+    mlp = 4 * g.intermediate_size
+    layer = 4 * hidden + 2 * query + 2 * key + mlp / train.mlp_tiles
+    if not train.activation_checkpointing:
+        kept, layer = (layer, 0) if train.mlp_tiles == 1 else (layer - mlp / train.mlp_tiles, mlp / train.mlp_tiles)
+    elif train.kept_activations == "attention":
+        kept = hidden + query
+    else:
+        kept = 2 * hidden + 2 * query + 2 * key + 2 * g.intermediate_size
+    layers = min(g.layers, 2) if train.activation_offload else g.layers
+    return float(tokens * element * (kept * layers + layer))
 
 
 def teacher_element(g: Geometry, gpu: Gpu, dtype: str) -> int:

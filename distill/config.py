@@ -109,6 +109,10 @@ class Capture(Section):
         1e-3, "stop adding tokens once the rest weighs less; none under an eighth of it is stored",
         unit="probability", ge=0, lt=1,
     )  # fmt: skip
+    tail_draws: Int = setting(
+        0, "draws that stand for what is not stored, so that a small k_max biases nothing; 0: its mass alone does",
+        unit="draws", ge=0, le=64, use="Use 0, or 4 with a k_max of 16.",
+    )  # fmt: skip
 
 
 class Teacher(Section):
@@ -220,7 +224,7 @@ _SPEED_ONLY = {
     "train": {
         "micro_batch_tokens", "checkpoint_steps", "keep_checkpoints", "keep_best",
         "zero_stage", "offload", "offload_params", "activation_checkpointing", "compile", "loader_workers",
-        "sequence_parallel", "activation_offload", "mlp_tiles",
+        "sequence_parallel", "activation_offload", "kept_activations", "mlp_tiles",
     },
     "eval": {"batch_size"},
 }  # fmt: skip

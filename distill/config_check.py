@@ -17,7 +17,9 @@ from urllib.parse import urlsplit
 
 from distill.checkpoints import check_checkpoint
 from distill.config_load import Loc, Origin, Problem, summary
+from distill.config_mixture import missing_for_mixture, mixture_problems
 from distill.config_optimizer import missing_for_optimizer, optimizer_problems
+from distill.config_sequence import misfit_for_sequence, sequence_problems
 from distill.errors import CapacityError, ConfigError, DistillError, ModelError, ServiceError
 from distill.split import expert_problems, tensor_problems, ways_problems
 
@@ -32,19 +34,9 @@ MOE_SIZES = ("routed_experts", "experts_per_token", "moe_intermediate_size", "sh
 def cross_check(config: Config, origin: Origin) -> list[Problem]:
     """Problems of a config whose single settings are valid: one sentence each, with the remedy."""
     checks = (
-        _tokens,
-        _sampling,
-        _students,
-        optimizer_problems,
-        _sequence,
-        _evaluation,
-        _publishing,
-        _service,
-        _hardware,
-        _geometries,
-        _sharding,
-        _speculation,
-    )
+        _tokens, _sampling, _students, optimizer_problems, mixture_problems, sequence_problems, _evaluation,
+        _publishing, _service, _hardware, _geometries, _sharding, _speculation,
+    )  # fmt: skip
     return [problem for check in checks for problem in check(config, origin)]
 
 
@@ -100,6 +92,9 @@ def _students(config: Config, origin: Origin) -> Iterator[Problem]:
             elif temperature > 1:
                 must = "traces drawn hotter than 1 have a law that no stored part tells. Use target: teacher."
                 yield _problem(origin, at, "'sampling'", must, ("teacher", "sampling", "temperature"))
+            elif config.teacher.capture and config.teacher.capture.tail_draws:
+                must = "draws from a tail stand for the teacher's distribution alone. Use target: teacher."
+                yield _problem(origin, at, "'sampling'", must, ("teacher", "capture", "tail_draws"))
         if not _mixes(student.loss.divergence, student.loss.beta):
             must = f"with {student.loss.divergence} the loss would be 0 for every student or infinite. Use 0.5."
             yield _problem(origin, ("students", i, "loss", "beta"), student.loss.beta, must)
@@ -111,17 +106,6 @@ def _students(config: Config, origin: Origin) -> Iterator[Problem]:
 def _mixes(divergence: str, beta: float) -> bool:
     """Whether the divergence is defined with this mixture weight; the others do not read it."""
     return {"jsd": 0 < beta < 1, "skew_kl": beta < 1}.get(divergence, True)
-
-
-def _sequence(config: Config, origin: Origin) -> Iterator[Problem]:
-    own, gpus, ranks = ("train", "sequence_parallel"), ("hardware", "gpus"), config.train.sequence_parallel
-    if config.hardware.gpus % ranks:
-        must = f"it must divide hardware.gpus, {config.hardware.gpus}. Use a divisor of it, or 1."
-        yield _problem(origin, own, ranks, must, gpus)
-    for i, student in enumerate(config.students):
-        if student.geometry is not None and student.geometry.heads % ranks:
-            must = f"it must divide the {student.geometry.heads} attention heads of student {student.name}. Lower it."
-            yield _problem(origin, own, ranks, must, ("students", i, "geometry", "heads"))
 
 
 def _evaluation(config: Config, origin: Origin) -> Iterator[Problem]:
@@ -267,11 +251,13 @@ def _sizes(g: Geometry) -> dict[str, object]:
 def check_machine(config: Config, environment: Mapping[str, str] = os.environ) -> None:
     """Returns if the machine has all that the config asks for; one error with all that is missing otherwise.
 
-    CapacityError for GPUs, ModelError for checkpoints, ServiceError for tokens; the class of the first if several.
+    CapacityError for GPUs, ModelError for checkpoints, ServiceError for tokens, DataError and StoreError for what is
+    mixed into the traces; the class of the first if several.
     Takes seconds at most: nothing is downloaded and no weight is read.
     """
     found = [*_gpu_errors(config), *_checkpoint_errors(config, environment), *_token_errors(config, environment)]
-    found += [*_split_errors(config), *missing_for_optimizer(config)]
+    found += [*_split_errors(config), *missing_for_optimizer(config), *missing_for_mixture(config)]
+    found += misfit_for_sequence(config)
     if len(found) == 1:
         raise found[0]
     if found:

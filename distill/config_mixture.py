@@ -1,10 +1,21 @@
 """Settings of what a student is trained on beside the run's own traces: other runs' traces, and general data."""
 
-from typing import Annotated, Literal
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from distill.config_load import Loc, Origin, Problem
 from distill.config_types import NAME, Int, Section, setting
+from distill.errors import DataError, DistillError, StoreError
+
+if TYPE_CHECKING:
+    from distill.config import Config
+
+RESERVED_NAMES = ("traces", "general")  # sets that have their names already
 
 
 class TraceSet(Section):
@@ -62,3 +73,36 @@ class General(Section):
     loss: Literal["kl_to_base", "ce"] = setting("kl_to_base", "what the student learns from the data")
     temperature: float = setting(1.0, "of the base's answers", ge=0, use="Use 1.0, or 0 for greedy answers.")
     max_new_tokens: Int = setting(512, "budget of an answer of the base", unit="tokens", ge=1)
+
+
+def mixture_problems(config: Config, origin: Origin) -> Iterator[Problem]:
+    """Sets of traces that cannot be told apart, one sentence each with the remedy."""
+    first: dict[str, int] = {}
+    for i, each in enumerate(config.train.trace_sets):
+        loc: Loc = ("train", "trace_sets", i, "name")
+        if each.name in RESERVED_NAMES:
+            yield Problem((loc,), f"{origin.name(loc)} is {each.name!r}; that set is there already. Use another name.")
+        if first.setdefault(each.name, i) != i:
+            must = f"train.trace_sets.{first[each.name]} has that name too. Give each set its own."
+            yield Problem((loc,), f"{origin.name(loc)} is {each.name!r}; {must}")
+        loc = ("train", "trace_sets", i, "run")
+        if Path(each.run) == Path(config.run.dir, config.run.name):
+            must = "that is this run, whose traces are trained on anyway. Remove the set."
+            yield Problem((loc,), f"{origin.name(loc)} is {each.run!r}; {must}")
+
+
+def missing_for_mixture(config: Config) -> Iterator[DistillError]:
+    """Files and runs that the training reads and that are not here: told before the hours that traces take."""
+    train = config.train
+    for i, each in enumerate(train.trace_sets):
+        if not Path(each.run, "2-traces", "manifest.json").is_file():
+            yield StoreError(
+                f"train.trace_sets.{i}.run is {each.run}, and no run there has finished its traces",
+                remedy="Give the folder of a run such as runs/math, and run its traces first.",
+            )
+    for i, source in enumerate(train.general.sources if train.general else ()):
+        if source.kind == "jsonl" and not Path(source.path).is_file():
+            yield DataError(
+                f"train.general.sources.{i}.path is {source.path}, and there is no such file",
+                remedy="Correct the path; relative ones are taken from the folder in which the command runs.",
+            )

@@ -47,6 +47,10 @@ def optimizer_problems(config: Config, origin: Origin) -> Iterator[Problem]:
             f"{origin.name(('train', 'optimizer'))} is paged_adamw8bit; {must}",
         )
     for i, student in enumerate(config.students):
+        targets = student.adapter.targets if student.adapter is not None else []
+        if len(set(targets)) < len(targets):
+            at: Loc = ("students", i, "adapter", "targets")
+            yield Problem((at,), f"{origin.name(at)} is {targets}; each can be named once. Remove the repeated ones.")
         if student.adapter is not None and student.adapter.kind == "qlora" and train.zero_stage == 3:
             loc: Loc = ("students", i, "adapter", "kind")
             must = "ZeRO-3 cannot divide weights of 4 bits. Use zero_stage: 2, or kind: lora."

@@ -51,7 +51,7 @@ class Train(Section):
     epochs: Int = setting(2, "passes over the traces", unit="epochs", ge=1)
     max_seq_tokens: Int = setting(4096, "length of a packed row, and of the longest trace", unit="tokens", ge=8)
     batch_tokens: Int = setting(65536, "tokens of one optimizer step, over all devices", unit="tokens", ge=8)
-    micro_batch_tokens: Int = setting(4096, "tokens of one forward pass on one device", unit="tokens", ge=8)
+    micro_batch_tokens: Int = setting(4096, "tokens of one forward pass, on a device or all that share a row", unit="tokens", ge=8)
     lr: float = setting(
         1e-5, "peak learning rate", gt=0, lt=1, use="Use 1e-5 for a large student, 1e-3 for a tiny one."
     )
@@ -66,7 +66,7 @@ class Train(Section):
     schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "learning rate after warm-up")
     checkpoint_steps: Int = setting(100, "steps between checkpoints", unit="steps", ge=1)
     keep_checkpoints: Int = setting(2, "last checkpoints kept", unit="checkpoints", ge=1)
-    keep_best: bool = setting(False, "also keep the checkpoint with the lowest loss")
+    keep_best: bool = setting(False, "also keep the checkpoint with the lowest loss, held-out if there is one")
     zero_stage: Literal[0, 1, 2, 3] = setting(1, "what DeepSpeed shards: 1 optimizer, 2 gradients, 3 weights")
     sequence_parallel: Int = setting(
         1, "devices that share a row, each with a part of its tokens", unit="devices", ge=1
@@ -83,6 +83,9 @@ class Train(Section):
         0.0, "export the moving average of the weights with this decay; 0 exports the last", ge=0, lt=1
     )
     activation_checkpointing: bool = setting(False, "recompute activations in the backward pass")
+    kept_activations: Literal["attention", "products"] = setting(
+        "attention", "what a recomputed layer keeps beside its input: products is faster and takes more memory"
+    )
     activation_offload: bool = setting(False, "what layers keep for the backward pass waits in the host's memory")
     mlp_tiles: Int = setting(1, "parts of a row that the MLP takes one by one, recomputed; more need less memory", ge=1)
     compile: Literal["auto", "on", "off"] = setting("auto", "torch.compile of the layers; auto is on for a GPU alone")
@@ -100,5 +103,5 @@ class Train(Section):
     )
     eval_steps: Int = setting(100, "steps between evaluations on the held-out traces", unit="steps", ge=1)
     loader_workers: Int = setting(
-        2, "threads that make micro-batches ahead of the device; 0 makes them in the loop", unit="threads", ge=0, le=64
+        1, "threads that make micro-batches ahead of the device; 0 makes them in the loop", unit="threads", ge=0, le=64
     )

@@ -125,7 +125,7 @@ class Pipeline:
         todo = [(student, stage) for student, stage in opened if not self._skip(stage)]
         read = [traces, logits] if any(student.loss.kind == "logits" for student, _ in todo) else [traces]
         self._verify(read if todo else [])
-        asked = self._asked() if todo and self.config.train.general else []
+        asked = self._asked() if todo and (self.config.train.general or self.config.train.trace_sets) else []
         for student, stage in todo:
             counts = dict(train_student(self.config, student, traces, logits, stage, self.ranks, self.tracker, asked))
             wall_s = counts.pop("wall_s")
@@ -223,7 +223,7 @@ class Pipeline:
         if not self.config.teacher.url:
             return {}
         service, capture = load(), self.config.teacher.capture
-        lacking = service.limitations(capture and CaptureSpec(capture.k_max, capture.tail_bound))
+        lacking = service.limitations(capture and CaptureSpec(capture.k_max, capture.tail_bound, capture.tail_draws))
         for each in lacking:
             self.ranks.print(f"the teacher's service: {each}")
         return {"service": {"url": service.url, "limitations": lacking}}

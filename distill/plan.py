@@ -294,6 +294,10 @@ class _Planner:
             fed = f"train.batch_tokens feeds {rows} GPUs with {each} tokens each"
             self.notes.append(f"{fed}; {self.gpus - rows} stand idle in training.")
         length = tokens / (self.traces * train.epochs)  # traces of a packed row do not attend to one another
+        if train.general is not None:
+            tokens /= 1 - train.general.share
+        if train.trace_sets:
+            self.notes.append("train.trace_sets: traces of other runs come on top of the tokens of training here.")
         seconds = train_seconds(g, train, tokens, length, self.gpus, self.node, self.gpu)
         flops = tokens * train_flops(g, length)
         layout = f"ZeRO-{train.zero_stage}" + (f", {train.offload} offload" if train.offload != "none" else "")
@@ -320,7 +324,9 @@ class _Planner:
         checkpoints = sum(state_bytes(g, train, adapter).checkpoint for g, adapter in students)
         disk = {"2-traces": tokens * TRACE_BYTES}
         if teacher.capture is not None:
-            disk["3-logits"] = tokens * (POSITION_BYTES + ENTRY_BYTES * teacher.capture.k_max)
+            disk["3-logits"] = tokens * (
+                POSITION_BYTES + ENTRY_BYTES * (teacher.capture.k_max + teacher.capture.tail_draws)
+            )
         disk["4-student"] = checkpoints * train.keep_checkpoints + sum(counts) * element_bytes(train.dtype)
         if self.config.publish.student is not None:
             disk["6-publish"] = float(max(counts) * element_bytes(train.dtype))

@@ -64,6 +64,17 @@ class Split:
         """Place in the expert-parallel group: which routed experts this rank holds."""
         return self.rank % self.expert_parallel
 
+    def held_experts(self, total: int) -> range:
+        """The routed experts, of so many, whose weights this rank has."""
+        each = total // self.expert_parallel
+        return range(self.expert_rank * each, (self.expert_rank + 1) * each)
+
+    def answering_experts(self, total: int) -> range:
+        """Those of them that it computes: ranks of a tensor-parallel group that have the same ones divide them."""
+        held, twins = self.held_experts(total), max(1, self.tensor_parallel // self.expert_parallel)
+        twin = self.tensor_rank // self.expert_parallel if twins > 1 else 0
+        return held[len(held) * twin // twins : len(held) * (twin + 1) // twins]
+
     @property
     def share(self) -> int:
         """Which of `shares` parts of the requests this rank works on, with the others of its tensor-parallel group."""

@@ -29,6 +29,7 @@ def packed_attention(
     longest: int = 0,
     scaling: float | None = None,
     row_ranks: RowRanks | None = None,
+    filling: int = 0,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
     """([1, N, A, D], None): softmax(q k^T * scaling) v over the tokens of the same trace up to the query's own.
@@ -36,12 +37,16 @@ def packed_attention(
     seq_lens: tokens of each trace, in order; they sum to N. None: all are one trace. seq_ends: int32, their running sum
     with a leading 0, given with the longest length where one variable-length kernel serves (CUDA, half precision);
     elsewhere each trace is one scaled_dot_product_attention. row_ranks: where several ranks share the row, which then
-    give and get N / ranks tokens each.
+    give and get N / ranks tokens each. filling: tokens put behind a single trace for the kernel's sake (`filling_of`).
     """
     if row_ranks is not None:
         query_1AND, key_1GND, value_1GND = row_ranks.heads(query_1AND, key_1GND, value_1GND)
     if seq_ends is not None:
         out_1NAD = _one_kernel(query_1AND, key_1GND, value_1GND, longest, seq_ends, scaling)
+    elif filling:
+        tokens = query_1AND.shape[2]
+        filled = (F.pad(x, (0, 0, 0, filling)) for x in (query_1AND, key_1GND, value_1GND))
+        out_1NAD = _each_alone(*filled, [tokens + filling], scaling)[:, :tokens]
     else:
         out_1NAD = _each_alone(query_1AND, key_1GND, value_1GND, seq_lens or [query_1AND.shape[2]], scaling)
     return (out_1NAD if row_ranks is None else row_ranks.tokens(out_1NAD)), None
@@ -50,11 +55,21 @@ def packed_attention(
 def how_packed(seq_lens: list[int], device: torch.device, dtype: torch.dtype) -> dict:
     """What packed_attention is told of a row, made once a micro-batch. No list reaches a compiled layer: it would be
     compiled anew for every row."""
+    kernels = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     if len(seq_lens) == 1:
-        return {}
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        return {"filling": filling_of(seq_lens[0])} if kernels else {}
+    if kernels:
         return {"seq_ends": running_ends(seq_lens, device), "longest": max(seq_lens)}
     return {"seq_lens": seq_lens}
+
+
+def filling_of(tokens: int) -> int:
+    """Tokens that bring a row onto a grid of 16 lengths an octave, at most a sixteenth of it from 2048 on.
+
+    cuDNN, the fastest kernel for one trace, takes up to a second to prepare for a length that it has not seen. No token
+    of a causal trace sees what is put behind it.
+    """
+    return -tokens % max(128, 1 << max(tokens.bit_length() - 5, 0))
 
 
 def running_ends(seq_lens: list[int], device: torch.device) -> torch.Tensor:

@@ -49,10 +49,13 @@ class Checkpoints:
     def save(self, engine: StudentEngine, step: int, state: dict) -> None:
         """Begins a checkpoint with weights, optimizer state and `state`; waits for the one before, with its errors.
 
-        state["score"], lower is better, says which checkpoint is the best.
+        state["score"], lower is better, says which checkpoint is the best. A complete one of this step is left alone:
+        to replace it there would have to be none for a moment.
         """
         self.wait()
         final = self.folder / f"step-{step:06d}"
+        if self._ranks.on_main(lambda: (newest_checkpoint(self.folder, lambda _: None) or [None])[0] == final):
+            return
         self._temporary = self._ranks.on_main(lambda: _fresh(files.temporary_path(final)))
         self._error = None
         try:
@@ -102,10 +105,11 @@ class Checkpoints:
         files.write_json(temporary / STATE, {**state, "files": sizes})
         _put_in_place(temporary, final)
         _point(final.parent / LATEST, final)
-        self._drop_old()
+        self._drop_old(state["step"])
 
-    def _drop_old(self) -> None:
-        found = _newest_first(self.folder)
+    def _drop_old(self, step: int) -> None:
+        # Later ones are damaged: the training went on from one before them.
+        found = [path for path in _newest_first(self.folder) if _step_of(path) <= step]
         kept = found[: self._keep]
         if self._keep_best and (best := best_checkpoint(self.folder)) is not None:
             _point(self.folder / BEST, best)
@@ -200,7 +204,11 @@ def _point(pointer: Path, target: Path) -> None:
 
 def _newest_first(folder: Path) -> list[Path]:
     found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(found, key=lambda path: -int(path.name[5:]))
+    return sorted(found, key=lambda path: -_step_of(path))
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def newest_checkpoint(folder: Path, say=print) -> tuple[Path, dict] | None:

@@ -8,7 +8,7 @@ Shape legend: N input tokens of a micro-batch, M of them trained.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from distill.logit_cache import CacheReader, to_sparse_targets
 from distill.losses.buckets import BucketedTargets
 from distill.losses.reduce import IGNORE_INDEX
 from distill.losses.sparse import SparseTargets
-from distill.records import CaptureSpec, SamplingParams, TokenDists, Trace
+from distill.records import CaptureSpec, Prompt, SamplingParams, TokenDists, Trace
 from distill.sampling_law import check_law, sampling_law
 from distill.store import StageFolder
 from distill.tokens import PREFILL, encode_completion, end_id, fingerprint, render_prompt
@@ -229,13 +229,14 @@ def load_traces(
     *,
     too_long: str = "drop",
     target: str = "teacher",
+    leave_out: Callable[[Prompt], bool] | None = None,
 ) -> TraceData:
     """The kept traces of a stage in the student's tokens; with `logits`, each with its teacher distributions.
 
     Traces longer than max_seq_tokens are counted (too_long) and dropped, or split into windows (`fit`). Traces in
     another tokenizer's ids are tokenised again and counted (retokenised): from their text, or, with `logits` and
     teacher_path, from the bytes of the teacher's ids, so that what is known of every position can be told (counts
-    positions_KIND).
+    positions_KIND). leave_out: says of which prompts no trace is taken; they are counted (overlapping).
     Errors: DataError when nothing is left, a trace has no distributions, or a tokenizer does not fit.
     """
     own, theirs = fingerprint(tokenizer), _fingerprint_of(traces)
@@ -247,6 +248,8 @@ def load_traces(
     examples, counts = [], Counter(traces=0, kept=0, retokenised=0, too_long=0)
     for shard, part in _iter_shards(traces):
         kept = [trace for trace in part if trace.keep]
+        if leave_out is not None:
+            counts["overlapping"] += len(kept) - len(kept := [trace for trace in kept if not leave_out(trace.prompt)])
         counts.update(traces=len(part), kept=len(kept), retokenised=len(kept) * (own != theirs))
         found = _examples(kept, shard, tokenizer if own != theirs else None, aligned)
         examples += fit(found, max_seq_tokens, too_long, counts)

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from distill.config import Train
@@ -56,8 +57,10 @@ class StudentEngine:
         module.row_ranks = row_ranks(ranks, train.sequence_parallel, module.model.config)
         self.data_rank, self.data_ranks = (n // train.sequence_parallel for n in (ranks.rank, ranks.world))
         prepare_layers(module.model, train, ranks.device)
-        config = deepspeed_config(train, self.stage, dtype, micro_batches, offload_dir)
-        if self.stage == 3:
+        largest = max(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())
+        places = optim.offload_places(train, offload_dir, -(-largest // ranks.world))
+        config = deepspeed_config(train, self.stage, dtype, micro_batches, places)
+        if self.stage == 3 and train.offload_params != "nvme":  # which has buffers for a few weights at a time alone
             layer_elements = gather_whole_layers(module.model)
             config["zero_optimization"]["stage3_prefetch_bucket_size"] = layer_elements
         module = module.to(ranks.device)
@@ -68,6 +71,7 @@ class StudentEngine:
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         self._trained = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        _add_up_in_one_pass(self._engine.optimizer)
         self._engine.checkpoint_engine = Snapshots(self._engine.checkpoint_engine)
         self._engine.train()
         self._average: MovingAverage | None = None
@@ -162,7 +166,7 @@ class StudentEngine:
         if path is None:
             raise ModelError("DeepSpeed found no checkpoint", where=f"{folder}/{tag}", remedy="Delete this checkpoint.")
         if self._average is not None:
-            self._average.load(torch.load(folder / tag / self._average_file, map_location="cpu", weights_only=True))
+            self._average.load(load_file(folder / tag / self._average_file))
 
     def shapes(self) -> dict[str, torch.Size]:
         """Name in the checkpoint -> full shape, without tied copies, in the model's order."""
@@ -196,7 +200,7 @@ class StudentEngine:
 
     @property
     def _average_file(self) -> str:
-        return f"average_rank_{self.ranks.rank if self.stage > 0 else 0:05d}.pt"
+        return f"average_rank_{self.ranks.rank if self.stage > 0 else 0:05d}.safetensors"
 
     def forget_average(self) -> None:
         """From now on whole_weights gives the weights themselves, also where a moving average was kept."""
@@ -211,13 +215,37 @@ class StudentEngine:
             torch.cuda.empty_cache()
 
 
-def deepspeed_config(train: Train, stage: int, dtype: torch.dtype, micro_batches: int, offload_dir: Path) -> dict:
-    """DeepSpeed's own settings for these. A "sample" of DeepSpeed is one micro-batch here."""
+def _add_up_in_one_pass(optimizer: object) -> None:
+    """Makes DeepSpeed's optimizer for bfloat16 add a gradient to its float32 sum in one kernel, and then let it go.
+
+    As it comes it zeroes, adds in bfloat16, converts and adds again: three times the memory traffic, the same sum.
+    """
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    if not isinstance(optimizer, BF16_Optimizer):
+        return
+
+    def add(parameter: nn.Parameter, group: int, index: int, clear_lp_grads: bool) -> None:
+        if parameter.grad is not None:
+            total = optimizer.fp32_groups_gradients[group][index]
+            total.add_(parameter.grad.view(total.shape))
+            parameter._hp_grad = total
+            optimizer.fp32_groups_has_gradients[group][index] = True
+            parameter.grad = None
+
+    optimizer._update_hp_grad = add
+
+
+def deepspeed_config(train: Train, stage: int, dtype: torch.dtype, micro_batches: int, places: dict) -> dict:
+    """DeepSpeed's own settings for these; `places` as optim.offload_places has them. A "sample" of DeepSpeed is one
+    micro-batch here."""
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": micro_batches,
-        "zero_optimization": {"stage": stage, **optim.offload_places(train, offload_dir)},
+        "zero_optimization": {"stage": stage, **places},
         "gradient_clipping": train.clip_norm if stage > 0 else 0.0,  # stage 0 is clipped here: DeepSpeed hides its norm
+        # Summed in float32 over micro-batches, so over ranks too where that is once a step; DeepSpeed would round here.
+        "communication_data_type": "fp32" if stage == 1 and train.master_weights == "float32" else None,
         "steps_per_print": None,
         "wall_clock_breakdown": False,
         **optim.precision(train, stage, dtype),

@@ -27,7 +27,7 @@ from students.data import Example, TraceData, fit
 from students.rollout import Rollout
 
 NAME = "general"
-SHARD_ROWS = 256
+SHARD_ROWS = 1024
 _MAX_DRAWS = 50  # draws per wanted question before a kind counts as exhausted
 
 
@@ -48,15 +48,16 @@ class Row:
         return [content for role, content in self.messages if role == "user"] or [self.text]
 
     def prompt_ids(self, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-        """Up to where the assistant answers; of plain text its first token."""
+        """Up to where the assistant answers; of plain text its first token. DataError for a message that holds one of
+        the tokenizer's special tokens."""
         if not self.messages:
-            return tokenizer.encode(self.text, add_special_tokens=False)[:1]
+            return encode_completion(tokenizer, self.text)[:1]
         return render_chat(tokenizer, [{"role": role, "content": content} for role, content in self.messages[:-1]])
 
     def completion_ids(self, tokenizer: PreTrainedTokenizerFast) -> list[int]:
         """The data's own answer, with its end token; of plain text all but the first token."""
         if not self.messages:
-            return tokenizer.encode(self.text, add_special_tokens=False)[1:]
+            return encode_completion(tokenizer, self.text)[1:]
         thinking, answer = split_thinking(self.messages[-1][1])
         thinking, answer = ("", thinking) if answer is None else (thinking, answer)
         return [*encode_completion(tokenizer, f"{thinking}{THINK_CLOSE}\n{answer}"), end_id(tokenizer)]
@@ -126,10 +127,22 @@ def _is_conversation(value: object) -> bool:
 
 
 class GeneralRows:
-    """The rows of a config's general data for one tokenizer, and the examples that they become."""
+    """The rows of a config's general data for one tokenizer, and the examples that they become.
 
-    def __init__(self, settings: General, tokenizer: PreTrainedTokenizerFast, asked: Iterable[Prompt]):
-        self.tokenizer, self.counts = tokenizer, Counter()
+    counts: read, duplicate, overlapping; refused, for a special token in a message or a text of one token; too_long.
+    """
+
+    def __init__(
+        self,
+        settings: General,
+        tokenizer: PreTrainedTokenizerFast,
+        asked: Iterable[Prompt],
+        *,
+        max_seq_tokens: int,
+        too_long: str = "drop",
+    ):
+        self.tokenizer, self.counts = tokenizer, Counter(refused=0, too_long=0, overlapping=0, duplicate=0)
+        self.max_seq_tokens, self.too_long = max_seq_tokens, too_long
         self.rows = read_rows(settings.sources, asked, self.counts)
 
     @property
@@ -137,18 +150,29 @@ class GeneralRows:
         """16 hex digits over the rows in their order."""
         return hashlib.sha256("/".join(row.key for row in self.rows).encode()).hexdigest()[:16]
 
-    def load(
-        self, needed_tokens: float, caches: dict[str, CacheReader] | None, max_seq_tokens: int, too_long: str
-    ) -> TraceData:
+    def prompt_ids(self, row: Row) -> list[int] | None:
+        """None of a row that cannot be used: with a special token in a message, or a prompt that fills a whole row."""
+        try:
+            ids = row.prompt_ids(self.tokenizer)
+        except DataError:
+            return None
+        return ids if len(ids) < self.max_seq_tokens else None
+
+    def completion_ids(self, row: Row) -> list[int]:
+        """The data's own answer; empty where plain text is too short to predict anything, or too long for a row."""
+        ids = row.completion_ids(self.tokenizer)
+        return [] if not row.messages and len(ids) > self.max_seq_tokens and self.too_long == "drop" else ids
+
+    def load(self, needed_tokens: float, caches: dict[str, CacheReader] | None) -> TraceData:
         """Rows that hold needed_tokens input tokens, or all there are: with the base's answers where `caches` has them
-        (Base.capture), with the data's own where it is None. DataError when none fits a row of max_seq_tokens."""
+        (Base.capture), with the data's own where it is None. DataError when none can be used."""
         found = self._own_answers(needed_tokens) if caches is None else self._base_answers(caches)
-        examples = fit(found, max_seq_tokens, too_long, self.counts)
+        examples = fit(found, self.max_seq_tokens, self.too_long, self.counts)
         if not examples:
             raise DataError(
-                f"none of {len(found)} rows of general data fits {max_seq_tokens} tokens",
+                f"no row of general data can be used: {dict(self.counts)}",
                 where="train.general",
-                remedy="Raise train.max_seq_tokens, or set train.too_long: split.",
+                remedy="Raise train.max_seq_tokens where they are too long, or give other sources.",
             )
         data = TraceData(examples, caches, self.counts)
         self.counts.update(rows=len(found), trained_tokens=sum(data.trained), input_tokens=sum(data.lengths))
@@ -157,21 +181,24 @@ class GeneralRows:
     def _own_answers(self, needed_tokens: float) -> list[Example]:
         examples, tokens = [], 0
         for row in self.rows:
-            prompt_ids, completion_ids = row.prompt_ids(self.tokenizer), row.completion_ids(self.tokenizer)
-            if completion_ids:  # a text of one token predicts nothing
-                examples.append(Example(row.key, prompt_ids, completion_ids, NAME, completion_ids))
-                tokens += examples[-1].whole_tokens
+            prompt_ids, completion_ids = self.prompt_ids(row), self.completion_ids(row)
+            if prompt_ids is None or not completion_ids:
+                self.counts["refused"] += 1
+                continue
+            examples.append(Example(row.key, prompt_ids, completion_ids, NAME, completion_ids))
+            tokens += examples[-1].whole_tokens
             if tokens >= needed_tokens:
                 break
         return examples
 
     def _base_answers(self, caches: dict[str, CacheReader]) -> list[Example]:
         shard_of = {key: shard for shard, reader in caches.items() for key in reader.keys()}  # noqa: SIM118
-        examples = []
-        for row in self.rows:
+        examples, asked = [], self.rows[: len(caches) * SHARD_ROWS]
+        for row in asked:
             if (shard := shard_of.get(row.key)) is not None:
                 ids = caches[shard][row.key].sampled_T.tolist()
                 examples.append(Example(row.key, row.prompt_ids(self.tokenizer), ids, shard, ids))
+        self.counts["refused"] = len(asked) - len(examples)
         return examples
 
 
@@ -192,7 +219,7 @@ class Base:
 
         All ranks call this; each makes one shard of a round.
         """
-        tokenizer, each, rollout = rows.tokenizer, SHARD_ROWS, None
+        each, rollout = SHARD_ROWS, None
         shards = [(f"{NAME}-{i // each:05d}.cache", rows.rows[i : i + each]) for i in range(0, len(rows.rows), each)]
         used, tokens = [], 0
         while shards[len(used) :] and tokens < needed_tokens:
@@ -200,22 +227,23 @@ class Base:
             for name, some in group[ranks.rank : ranks.rank + 1]:
                 if not stage.has_shard(name):
                     rollout = rollout or self.load()
-                    self._make_shard(stage, name, some, rollout, tokenizer)
+                    self._make_shard(stage, name, some, rollout, rows)
             ranks.barrier()
             used += [name for name, _ in group]
             tokens += sum(stage.check_shard(name).info["tokens"] for name, _ in group)
         caches = {name.removesuffix(".cache"): CacheReader(stage.path / name) for name in used}
         for reader in caches.values():
-            reader.require(tokenizer_fingerprint=fingerprint(tokenizer), complete=True)
+            reader.require(tokenizer_fingerprint=fingerprint(rows.tokenizer), complete=True)
         return caches
 
     def _make_shard(
-        self, stage: StageFolder, name: str, rows: Sequence[Row], rollout: Rollout, tokenizer: PreTrainedTokenizerFast
+        self, stage: StageFolder, name: str, some: Sequence[Row], rollout: Rollout, rows: GeneralRows
     ) -> None:
-        prompt_ids = {row.key: row.prompt_ids(tokenizer) for row in rows}
-        found = self._answers(rows, prompt_ids, rollout) | self._texts(rows, prompt_ids, rollout, tokenizer)
+        prompt_ids = {row.key: ids for row in some if (ids := rows.prompt_ids(row)) is not None}
+        asked = [row for row in some if row.key in prompt_ids]
+        found = self._answers(asked, prompt_ids, rollout) | self._texts(asked, prompt_ids, rollout, rows)
         tokens = sum(len(prompt_ids[key]) + len(dists) - 1 for key, dists in found.items())
-        header = cache_header(tokenizer, self.fingerprint, rollout.vocab_size, self.spec)
+        header = cache_header(rows.tokenizer, self.fingerprint, rollout.vocab_size, self.spec)
 
         def write(path: Path) -> None:
             with CacheWriter(path, header) as writer:
@@ -235,13 +263,9 @@ class Base:
         return {key: found[key] for key in asked}
 
     def _texts(
-        self,
-        rows: Sequence[Row],
-        prompt_ids: dict[str, list[int]],
-        rollout: Rollout,
-        tokenizer: PreTrainedTokenizerFast,
+        self, asked: Sequence[Row], prompt_ids: dict[str, list[int]], rollout: Rollout, rows: GeneralRows
     ) -> dict[str, TokenDists]:
         """What it would say at every token of each plain text."""
-        pairs = {row.key: (prompt_ids[row.key], row.completion_ids(tokenizer)) for row in rows if not row.messages}
+        pairs = {row.key: (prompt_ids[row.key], rows.completion_ids(row)) for row in asked if not row.messages}
         pairs = {key: pair for key, pair in pairs.items() if pair[1]}
         return dict(zip(pairs, rollout.score(list(pairs.values()), self.spec))) if pairs else {}

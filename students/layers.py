@@ -2,7 +2,8 @@
 
 Compiled, norms, rotations, activations and residual additions join into few kernels, and what the backward pass needs
 is chosen by the compiler; what a layer computes stays the same up to rounding. Recomputed, a layer keeps its input and
-the output of its attention, which is the one product that is long to recompute and short to keep.
+the output of its attention, which is the one product that is long to recompute and short to keep; or the outputs of all
+its matrix products, so that only what is cheap is computed twice.
 
 Shape legend: B rows (one), N tokens, H hidden size.
 """
@@ -19,7 +20,7 @@ from distill.config import Train
 
 RECOMPILES = 64  # a packed row of another length asks for one or two, after which lengths are symbols
 LEAST_BYTES = 1 << 22  # of a tensor that is worth the way to host memory and back
-_KEPT = ("_scaled_dot_product", "_varlen_attn")
+ATTENTION = ("_scaled_dot_product", "_varlen_attn")
 
 
 def prepare_layers(model: nn.Module, train: Train, device: torch.device) -> None:
@@ -33,7 +34,7 @@ def prepare_layers(model: nn.Module, train: Train, device: torch.device) -> None
             layer.mlp.__class__ = _tiled(type(layer.mlp), train.mlp_tiles)  # its parameters keep their names
         forward = layer.forward
         if train.activation_checkpointing:
-            forward = partial(checkpoint, forward, use_reentrant=False, context_fn=_contexts)
+            forward = partial(checkpoint, forward, use_reentrant=False, context_fn=CONTEXTS[train.kept_activations])
         if compiled:
             forward = torch.compile(forward)
         layer.forward = host.around(forward) if host else forward
@@ -98,10 +99,14 @@ def _tiled(kind: type[nn.Module], tiles: int) -> type[nn.Module]:
     return Tiled
 
 
-def _contexts():
-    return create_selective_checkpoint_contexts(_policy)
-
-
-def _policy(context, operation, *args, **kwargs) -> CheckpointPolicy:
-    kept = any(name in str(operation) for name in _KEPT)
+def _policy(names: tuple[str, ...], context, operation, *args, **kwargs) -> CheckpointPolicy:
+    kept = any(name in str(operation) for name in names)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _contexts(names: tuple[str, ...]):
+    return create_selective_checkpoint_contexts(partial(_policy, names))
+
+
+# One function of each kind: compiled layers are told apart by it.
+CONTEXTS = {"attention": partial(_contexts, ATTENTION), "products": partial(_contexts, (*ATTENTION, "aten.mm"))}

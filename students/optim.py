@@ -15,6 +15,7 @@ from distill.errors import CapacityError
 from students.sliced_adamw import SlicedAdamW
 
 EPSILON = 1e-8
+NVME_ALIGNED = 4096  # DeepSpeed pads what it writes to multiples of fewer elements
 
 
 def make_optimizer(module: nn.Module, train: Train, dtype: torch.dtype, device: torch.device) -> torch.optim.Optimizer:
@@ -97,14 +98,20 @@ def precision(train: Train, stage: int, dtype: torch.dtype) -> dict:
     }
 
 
-def offload_places(train: Train, folder: Path) -> dict:
-    """What the ZeRO section of DeepSpeed's config says of where optimizer state and weights lie; `folder` is NVMe's."""
-    places = {"offload_optimizer": train.offload, "offload_param": train.offload_params}
-    return {
-        name: {"device": place, "pin_memory": True, **({"nvme_path": str(folder)} if place == "nvme" else {})}
-        for name, place in places.items()
-        if place != "none"
-    }
+def offload_places(train: Train, folder: Path, largest: int) -> dict:
+    """What the ZeRO section of DeepSpeed's config says of where optimizer state and weights lie.
+
+    folder: for what lies on NVMe. largest: elements of a rank's largest part of a weight, which a buffer must hold.
+    """
+    places: dict = {}
+    for name, place in (("offload_optimizer", train.offload), ("offload_param", train.offload_params)):
+        if place != "none":
+            places[name] = {"device": place, "pin_memory": True}
+        if place == "nvme":
+            places[name]["nvme_path"] = str(folder)
+    if train.offload_params == "nvme":
+        places["offload_param"] |= {"buffer_size": largest + NVME_ALIGNED, "max_in_cpu": 0}
+    return places
 
 
 def _host_adamw(groups: list[dict], options: dict) -> torch.optim.Optimizer:

@@ -3,7 +3,8 @@
 Some of the run's own traces may be held out, to evaluate on while it trains.
 """
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from distill.config import Capture, Config, Student
 from distill.config_mixture import General, TraceSet
 from distill.dist import Ranks
 from distill.logit_cache import CacheReader
+from distill.prompts import normalised
 from distill.records import CaptureSpec, Prompt
 from distill.store import RunFolder, StageFolder
 from students import general
@@ -39,7 +41,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Preparation:
-    """What the sets of one student are made of. asked: what the evaluation asks, which general data must not."""
+    """What the sets of one student are made of. asked: what the evaluation asks, which no other set may hold."""
 
     config: Config
     student: Student
@@ -75,7 +77,13 @@ class Preparation:
         )
         return Prepared(data, plan, held_out, list(self._notes(parts, plan)))
 
-    def _traces(self, traces: StageFolder, logits: StageFolder | None, teacher_path: str | None) -> TraceData:
+    def _traces(
+        self,
+        traces: StageFolder,
+        logits: StageFolder | None,
+        teacher_path: str | None,
+        leave_out: Callable[[Prompt], bool] | None = None,
+    ) -> TraceData:
         logits = logits if self.student.loss.kind == "logits" else None
         train = self.config.train
         return load_traces(
@@ -86,30 +94,40 @@ class Preparation:
             teacher_path,
             too_long=train.too_long,
             target=self.student.loss.target,
+            leave_out=leave_out,
         )
 
     def _of_run(self, each: TraceSet) -> TraceData:
         run = run_of(each)
         traces = run.stage("traces")
         teacher = traces.manifest["spec"].get("teacher", {})
-        return self._traces(traces, run.stage("logits"), teacher.get("path"))
+        asked = {normalised(prompt.text) for prompt in self.asked}  # that run kept apart what IT evaluates, no more
+        return self._traces(
+            traces, run.stage("logits"), teacher.get("path"), lambda prompt: normalised(prompt.text) in asked
+        )
 
     def _general(self, settings: General, trace_tokens: float) -> Part:
         """So many passes over the general data in an epoch that it makes up its share of the tokens."""
         wanted = settings.share / (1 - settings.share) * trace_tokens
-        rows = general.GeneralRows(settings, self.tokenizer, self.asked)
-        needed, base = wanted * self.config.train.epochs, settings.loss == "kl_to_base"
+        train = self.config.train
+        fitting = {"max_seq_tokens": train.max_seq_tokens, "too_long": train.too_long}
+        rows = general.GeneralRows(settings, self.tokenizer, self.asked, **fitting)
+        needed, base = wanted * train.epochs, settings.loss == "kl_to_base"
         caches = self._captured(settings, rows, needed) if base else None
-        data = rows.load(needed, caches, self.config.train.max_seq_tokens, self.config.train.too_long)
+        data = rows.load(needed, caches)
         return Part(general.NAME, data, wanted / sum(data.lengths), 1.0 if base else 0.0)
 
-    def _captured(self, settings: General, rows: "general.GeneralRows", needed: float) -> dict[str, CacheReader]:
+    def _captured(self, settings: General, rows: general.GeneralRows, needed: float) -> dict[str, CacheReader]:
         seed, base = self.config.run.seed, fingerprint_checkpoint(self.student.path)
         capture = self.config.teacher.capture or Capture()
         spec = CaptureSpec(capture.k_max, capture.tail_bound)
         folder = StageFolder(self.stage.run, "train", f"{self.student.name}/{general.NAME}")
-        of_settings = settings.model_dump(mode="json", exclude={"share", "loss"})
-        spec_of_stage = {"general": of_settings, "capture": [spec.k_max, spec.tail_bound], "seed": seed}
+        spec_of_stage = {
+            "general": settings.model_dump(mode="json", exclude={"share", "loss"}),
+            "capture": [spec.k_max, spec.tail_bound],
+            "train": {"max_seq_tokens": rows.max_seq_tokens, "too_long": rows.too_long},
+            "seed": seed,
+        }
         inputs = {"base": base, "rows": rows.digest}
         self.ranks.on_main(lambda: folder.open(spec_of_stage, inputs) and None)
         if not self.ranks.is_main:
@@ -119,8 +137,11 @@ class Preparation:
             model, tokenizer = load_student(self.student.path, self.dtype, packed=False)
             return Rollout(model, tokenizer, self.ranks.device, self.config.eval.batch_size)
 
-        asking = general.Base(base, load, settings, spec, seed)
-        return asking.capture(folder, rows, needed, self.ranks)
+        caches = general.Base(base, load, settings, spec, seed).capture(folder, rows, needed, self.ranks)
+        gc.collect()  # the base makes room for the student
+        if self.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return caches
 
     def _notes(self, parts: list[Part], plan: TrainPlan):
         if parts[0].data.aligned is not None:

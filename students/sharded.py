@@ -66,7 +66,7 @@ def _read_part(file: Path, entry: dict, name: str, parameter: nn.Parameter) -> N
         raise ModelError(
             f"{name} is {entry['dtype']} {entry['shape']}, the config says {list(parameter.ds_shape)}",
             where=str(file),
-            remedy="Use the config.json that was saved with these weights, in a floating-point format of 16 bits or more.",
+            remedy="Use the config.json that was saved with these weights, and weights of 16 bits or more.",
         )
     part, dtype = parameter.ds_tensor, DTYPES[entry["dtype"]]
     first = part.numel() * parameter.ds_process_group.rank()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from distill import files
 
@@ -25,7 +26,7 @@ class Snapshots:
         return getattr(self._inner, name)
 
     def save(self, state_dict: dict, path: str) -> None:
-        """Keeps a copy of the content of one file."""
+        """Keeps a copy of the content of one file: tensors by name for .safetensors, anything for other names."""
         self._taken.append((Path(path), copied(state_dict)))
 
     def take(self) -> Callable[[], None]:
@@ -37,8 +38,12 @@ class Snapshots:
 def _write(taken: list[tuple[Path, Any]]) -> None:
     while taken:
         path, content = taken.pop(0)  # a written file's copy is not kept until the last is written
-        torch.save(content, path)
-        files.sync(path)
+        try:
+            save_file(content, path) if path.suffix == ".safetensors" else torch.save(content, path)
+            files.sync(path)
+        except BaseException:
+            path.unlink(missing_ok=True)  # on a full disk there is room again to say so
+            raise
 
 
 def copied(value: Any, seen: dict | None = None) -> Any:

@@ -4,7 +4,6 @@ A launch that was killed goes on at the last checkpoint and ends in the same wei
 that no step stands there twice.
 """
 
-import json
 import math
 import os
 import signal
@@ -37,6 +36,7 @@ from students.data import Batch, TraceData
 from students.engine import StudentEngine
 from students.evaluation import HeldOut
 from students.loader import Loader
+from students.log import TrainLog
 from students.mixture import Mixture
 from students.model import load_student, train_dtype
 from students.packing import StepPlan, TrainPlan
@@ -45,7 +45,7 @@ from students.schedule import learning_rate
 from students.sharded import load_parts, shards_at_load
 from students.step import LossSettings, StudentStep
 
-MODEL, LOG, SPIKES, SUMMARY, CHECKPOINTS = "model", "log.jsonl", "spikes.jsonl", "train.json", "checkpoints"
+MODEL, SUMMARY, CHECKPOINTS = "model", "train.json", "checkpoints"
 
 
 def train_student(
@@ -61,7 +61,7 @@ def train_student(
     """Counts of the finished training: steps, tokens, trained_tokens, traces read and dropped, last loss, wall_s.
 
     The student is stage.path/model, a Hugging Face folder. logits is read when student.loss.kind is "logits" alone.
-    asked: what the evaluation asks; general data that asks it too is left out.
+    asked: what the evaluation asks; general data and other runs' traces that ask it too are left out.
     Already finished: the counts of then. SIGTERM: a checkpoint is written and the process exits with status 0.
     Errors: DataError for traces that do not fit, ModelError when loss or gradient is not finite; the step's traces are
     then kept in nan-step-N (students/replay.py) and no weight has changed.
@@ -113,6 +113,7 @@ class StudentRun:
     trained_tokens: int = 0
     last_loss: float = float("nan")
     losses: list[float] = field(default_factory=list)
+    eval_loss: float | None = None
     held_out: TraceData | None = None
 
     def make_engine(self, model, dtype: torch.dtype) -> StudentEngine:
@@ -141,9 +142,9 @@ class StudentRun:
         first = state.get("step", 0)
         self.before_s = state.get("wall_s", 0.0)
         self.tokens, self.trained_tokens = state.get("tokens", 0), state.get("trained_tokens", 0)
-        self.last_loss = state.get("loss", self.last_loss)
-        before = self.ranks.on_main(lambda: cut_log(self.folder / LOG, first))
-        self.spikes, evaluation = metrics.Spikes([row["loss"] for row in before]), self._evaluation()
+        self.last_loss, self.eval_loss = state.get("loss", self.last_loss), state.get("eval_loss")
+        log, evaluation = TrainLog(self.folder, self.ranks, self.tracker, self.student.name), self._evaluation()
+        log.go_on_after(first)
         with self._bar(self.plan.tokens) as bar, self._loader(engine, first) as loader, _terminated() as stop:
             began_s = time.monotonic()
             for number, step, count, batches in loader:
@@ -151,8 +152,8 @@ class StudentRun:
                 row |= self.speed.row(step.tokens, time.monotonic() - began_s, loader.take_wait_s())
                 if evaluation and ((number + 1) % self.train.eval_steps == 0 or number + 1 == len(self.plan)):
                     row |= evaluation.measure(engine)
-                self._log(row)
-                self._note_spike(row, step)
+                    self.eval_loss = row["eval_loss"]
+                log.write(row, self._traces(step))
                 bar.update(step.tokens)
                 bar.set_postfix_str(f"step {number + 1}/{len(self.plan)} loss {self.last_loss:.3f}", refresh=False)
                 done = number + 1
@@ -180,9 +181,9 @@ class StudentRun:
         self, engine: StudentEngine, number: int, step: StepPlan, count: int, batches: Iterator[Batch], stop: bool
     ) -> tuple[dict[str, float], bool]:
         """One optimizer step: its row of the log, and whether any rank was told to stop."""
-        parts = [
-            engine.accumulate(batch, step.trained_tokens, last=i + 1 == count) for i, batch in enumerate(batches)
-        ]
+        # What dropout leaves out hangs on the step alone, so that a resumed training leaves out the same.
+        torch.manual_seed((self.plan.seed << 32) + (number << 12) + self.ranks.rank)
+        parts = [engine.accumulate(batch, step.trained_tokens, last=i + 1 == count) for i, batch in enumerate(batches)]
         loss, stops, *values = engine.add_up(float(stop), torch.stack(parts).sum(0))
         if not math.isfinite(loss):
             self._refuse(engine, number, step, "loss", loss)
@@ -198,7 +199,6 @@ class StudentRun:
             "step": number + 1,
             "epoch": self.plan.epochs_done(number + 1),
             "loss": loss,
-            "loss_z": self.spikes.z(loss),
             **metrics.means(sums, step.trained_tokens, self.data.has_teacher),
             **metrics.by_set(sums, self.data.names, self.data.set_of, self.plan.trained, step),
             "lr": lr,
@@ -208,28 +208,13 @@ class StudentRun:
         }
         return row, stops > 0
 
-    def _note_spike(self, row: dict[str, float], step: StepPlan) -> None:
-        """A loss that stands out goes to spikes.jsonl with the traces of its step."""
-        if self.ranks.is_main and (row["loss_z"] or 0.0) > metrics.SPIKE_Z:
-            spike = {name: row[name] for name in ("step", "loss", "loss_z", "grad_norm")}
-            with open(self.folder / SPIKES, "a") as file:
-                file.write(json.dumps(spike | {"traces": self._traces(step)}) + "\n")
-
     def _traces(self, step: StepPlan) -> list[list[str]]:
         """The keys of a step's traces, row by row."""
         return [[self.keys[i] for i in row] for row in step.rows]
 
-    def _log(self, row: dict[str, float | None]) -> None:
-        row = {name: value for name, value in row.items() if value is not None}
-        if self.ranks.is_main:
-            with open(self.folder / LOG, "a") as log:
-                log.write(json.dumps(row) + "\n")
-        named = {f"train/{name}": value for name, value in row.items() if name != "step"}
-        self.tracker.log(named, row["step"], scope=self.student.name)
-
     def _save(self, engine: StudentEngine, done: int, identity: dict) -> None:
         state = {"identity": identity, "tokens": self.tokens, "trained_tokens": self.trained_tokens}
-        state |= {"loss": self.last_loss, "wall_s": self._wall_s(), "score": self._score()}
+        state |= {"loss": self.last_loss, "wall_s": self._wall_s(), "score": self._score(), "eval_loss": self.eval_loss}
         self.checkpoints.save(engine, done, state)
 
     def _stop(self, engine: StudentEngine, done: int, identity: dict) -> NoReturn:
@@ -239,9 +224,12 @@ class StudentRun:
         self.ranks.barrier()
         sys.exit(0)
 
-    def _score(self) -> float:
-        """What the best checkpoint has least of: the mean loss of the steps since the checkpoint before it."""
+    def _score(self) -> float | None:
+        """What the best checkpoint has least of: the last loss on held-out traces, None before the first; without any,
+        the mean loss of the steps since the checkpoint before."""
         losses, self.losses = self.losses, []
+        if self.held_out is not None:
+            return self.eval_loss
         return sum(losses) / len(losses) if losses else self.last_loss
 
     def _refuse(self, engine: StudentEngine, number: int, step: StepPlan, what: str, value: float) -> NoReturn:
@@ -291,16 +279,6 @@ class StudentRun:
         files.write_json(self.folder / SUMMARY, summary)
         files.remove_stale(self.folder)
         return summary
-
-
-def cut_log(path: Path, steps: int) -> list[dict]:
-    """Keeps the rows of the first `steps` steps, and returns them: a killed launch may have logged some after its last
-    checkpoint."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text().splitlines()[:steps] if path.exists() else []
-    with files.replacing(path) as temporary:
-        temporary.write_text("".join(line + "\n" for line in lines))
-    return [json.loads(line) for line in lines]
 
 
 @contextmanager

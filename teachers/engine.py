@@ -123,6 +123,11 @@ class TeacherEngine:
         """Gives back the memory that is kept from one call to the next; the next call takes it again."""
         self._open().release()
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """What the paged loop counts, by name; nothing for other loops."""
+        return self._generator.counts if isinstance(self._generator, PagedGenerator) else {}
+
     def check(self, row: Row, where: str) -> None:
         """Raises DataError, naming `where`, if the row cannot be drawn."""
         self._open().check(row, where)

@@ -13,6 +13,7 @@ What runs is decided by the same numbers on every rank, and so are the sizes of 
 Shape legend: T tokens of this rank, G of all shares, S shares, E hidden size, N rows, W vocabulary of a rank.
 """
 
+import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -66,6 +67,7 @@ class Mesh:
         # A recorded step reads its counts from here.
         self.step_counts_S = torch.zeros(self.shares, dtype=torch.int32, device=device)
         self.stretches: list[Stretch] = []  # of the pass that is under way
+        self.peers = None  # of a step, where GPUs write into each other's memory: teachers.kernels.peers
 
     def _mine(self, ranks_of: Iterable[range], **how) -> dist.ProcessGroup | None:
         """The group that this rank is in; None for groups of one."""
@@ -77,19 +79,6 @@ class Mesh:
                     mine = group
                     self.groups.append(group)
         return mine
-
-    def held(self, total: int) -> range:
-        """The routed experts, of so many, whose weights this rank has."""
-        each = total // self.split.expert_parallel
-        return range(self.split.expert_rank * each, (self.split.expert_rank + 1) * each)
-
-    def experts(self, total: int) -> range:
-        """Those that it answers for: ranks of a tensor group that have the same ones divide them."""
-        held = self.held(total)
-        twins, twin = max(1, self.tensor // self.split.expert_parallel), self.place // self.split.expert_parallel
-        if twins == 1:
-            return held
-        return held[len(held) * twin // twins : len(held) * (twin + 1) // twins]
 
     # ---- agreement -------------------------------------------------------------------------------------------------
 
@@ -112,6 +101,22 @@ class Mesh:
             self.step_counts_S.copy_(self._counts(counts_S), non_blocking=True)
             self.step_over(now.most)
         return now
+
+    def prepare_steps(self, rows: int, size: int, dtype: torch.dtype) -> None:
+        """Room for steps of up to so many rows of `size` numbers on every share; called by all ranks of the copy."""
+        if self.shares > 1 and self.device.type == "cuda" and self._are_peers():
+            from teachers.kernels.peers import Peers
+
+            self.peers = Peers(self._share, rows, size, dtype, self.device)
+
+    def _are_peers(self) -> bool:
+        """Whether all GPUs of the copy are in one host and reach each other's memory."""
+        mine = (socket.gethostname(), self.device.index)
+        all_of: list[tuple[str, int]] = [mine] * self.split.size
+        dist.all_gather_object(all_of, mine, group=self._host)
+        here = [index for host, index in all_of if host == mine[0]]
+        reach = (torch.cuda.can_device_access_peer(self.device, index) for index in here if index != self.device.index)
+        return bool(self.least(int(len(here) == self.split.size and all(reach))))
 
     def step_over(self, rows: int) -> None:
         """The next step has so many rows on every share, of which step_counts_S count."""

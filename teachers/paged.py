@@ -1,8 +1,8 @@
-"""Pages of MLA latents: memory for tokens of many rows, handed out a page at a time, full pages of a prompt shared.
+"""Pages of cached tokens (MLA latents, or keys and values), handed out a page at a time, full pages of a prompt shared.
 
-The pool is one tensor [layers, pages, page tokens, R + P]. A row owns a list of pages; pages that several rows hold
-(the full pages of one prompt's samples) are counted and freed with their last holder. Page 0 belongs to nobody: rows
-that only fill up a batch write there.
+The pool is one tensor [layers, pages, page tokens, numbers of a token]. A row owns a list of pages; pages that several
+rows hold (the full pages of one prompt's samples) are counted and freed with their last holder. Page 0 belongs to
+nobody: rows that only fill up a batch write there.
 """
 
 import numpy as np

@@ -84,6 +84,11 @@ def rope_and_cache(
         pool_GTL.view(-1, pool_GTL.shape[-1])[slots_T] = entry_TL
 
 
+def spread(source_TP: Tensor, target_THP: Tensor) -> None:
+    """Writes what all heads share to each of them."""
+    target_THP.copy_(source_TP.unsqueeze(1))
+
+
 def mla_decode(query_AHL: Tensor, pool_GTL: Tensor, tables_AG: Tensor, lengths_A: Tensor, rank: int, scale: float):
     """Mixed latents [A, H, R] of one new token a row: softmax(scale * q . latents) over lengths_A + 1 cached tokens."""
     page = pool_GTL.shape[1]

@@ -264,14 +264,14 @@ class Runner:
             self.beside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.beside):
                 shared_TE = shared()
-        routed_TE = routed(self.ops, self.mesh, experts, x_TE, active_1)
+        parts_TPE = routed(self.ops, self.mesh, experts, x_TE, active_1)
         if beside:
             torch.cuda.current_stream().wait_stream(self.beside)
         else:
             shared_TE = shared()
         if self.mesh.tensor > 1:
-            return self.mesh.summed(routed_TE.add_(shared_TE)), None
-        return shared_TE, routed_TE.unsqueeze(1)
+            return self.mesh.summed(parts_TPE.sum(1).add_(shared_TE)), None
+        return shared_TE, parts_TPE
 
     # ---- attention -----------------------------------------------------------------------------------------------
 
@@ -333,7 +333,7 @@ class Runner:
         # Expanded straight to where attention reads them, beside the rotary part that all heads share.
         torch.bmm(latent_HXR, up_key_HNR.transpose(1, 2), out=key_XHQ[..., : self.content].transpose(0, 1))
         torch.bmm(latent_HXR, up_value_HUR.transpose(1, 2), out=value_XHU.transpose(0, 1))
-        key_XHQ[..., self.content :] = entry_XL[:, None, self.rank :]
+        self.ops.spread(entry_XL[:, self.rank :], key_XHQ[..., self.content :])
         mask = None if new == total else causal_lower_right(new, total)
         values_BHnU = F.scaled_dot_product_attention(
             query_BnHQ.transpose(1, 2),

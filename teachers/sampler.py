@@ -1,4 +1,4 @@
-"""Samples and scores of one model over paged latents: what distill.generate.Generator does over slots.
+"""Samples and scores of one model over pages: what distill.generate.Generator does over slots.
 
 The page pool and the recorded decode steps live as long as the generator: a second call starts at once. Drawing rows,
 stop texts and the order of results are those of distill.generate.
@@ -57,6 +57,11 @@ class PagedGenerator(Generator):
             self.preempted += loop.preempted
             loop.close()
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """What was saved and what was done twice so far, by name (teachers.service_metrics.COUNTS)."""
+        return {"shared_tokens": self.scorer.shared_tokens, "preempted": self.preempted}
+
     def finish(self) -> None:
         """Takes part in the passes of ranks that share experts and have work, until none has. Called by all of them."""
         mesh = self.runner.mesh
@@ -94,7 +99,10 @@ class PagedGenerator(Generator):
         return Steps(self.runner, self.pool, self.slots)
 
     def _new_loop(self) -> PagedRows:
-        return PagedRows(self, self.pool, self.steps, lag=1 if self.runner.device.type == "cuda" else 0)
+        if self.runner.device.type != "cuda":
+            return PagedRows(self, self.pool, self.steps, lag=0)
+        mesh = self.runner.mesh  # other ranks wait for a host that is late: it gets a step more in hand
+        return PagedRows(self, self.pool, self.steps, lag=2 if mesh and mesh.shares > 1 else 1)
 
     def _new_pool(self) -> PagePool:
         runner = self.runner

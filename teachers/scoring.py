@@ -1,6 +1,6 @@
 """Distributions of given sequences over the paged forward pass: what sequences have in common is computed once.
 
-Sequences are sorted by their tokens, so that those with a common beginning stand together. A family shares its first
+Prompts are sorted by their tokens, so that those with a common beginning stand together. A family shares its first
 tokens, at most up to the last but one of its shortest prompt: they go through the model once and leave their latents in
 pages that all members read; then the members' own tokens follow. No shared token is scored, so a score does not depend
 on who shares, but for the rounding of products over other shapes.
@@ -13,6 +13,7 @@ Shape legend: T tokens of a pass, N scored positions, E hidden size, V vocabular
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -63,46 +64,43 @@ class Scorer:
 
     def score(self, sequences: Sequence[Pair], capture: CaptureSpec) -> list[TokenDists]:
         """The distributions of every completion token of (prompt_ids, completion_ids) pairs, in the order given."""
-        ids, prompts = [(*prompt, *completion) for prompt, completion in sequences], [len(one) for one, _ in sequences]
-        for one, prompt in zip(ids, prompts):
-            check_ids(one, prompt, 0, self.runner, "a sequence to score")
-        scored: list[TokenDists | None] = [None] * len(ids)
+        scored: list[TokenDists | None] = [None] * len(sequences)
         late = None  # the pass whose result is on its way while the next one is computed
-        for members, pool in self._passes(ids, prompts):
-            now = members, self._parts(members, pool, ids, prompts, capture)
+        for members, pool in self._passes(sequences):
+            now = members, self._parts(members, pool, sequences, capture)
             if late:
-                _take(*late, ids, prompts, scored)
+                _take(*late, sequences, scored)
             late = now
         if late:
-            _take(*late, ids, prompts, scored)
+            _take(*late, sequences, scored)
         return scored
 
-    def _passes(self, ids: list[tuple[int, ...]], prompts: list[int]) -> Iterator[tuple[list[Member], PagePool | None]]:
+    def _passes(self, sequences: Sequence[Pair]) -> Iterator[tuple[list[Member], PagePool | None]]:
         """Members to compute together, shortest first; before the first of a family, what the family shares."""
-        found = families(ids, prompts)
+        found = families([prompt for prompt, _ in sequences])
         alone = [Member(i) for family in found if not family.shared for i in family.members]
         related = sorted((family for family in found if family.shared), key=lambda family: family.shared)
-        own = lambda member: len(ids[member.index]) - member.past  # noqa: E731
+        own = lambda member: sum(map(len, sequences[member.index])) - member.past  # noqa: E731
         for some in _within(related, lambda family: family.shared):
-            pool, members = self._share(some, ids)
+            pool, members = self._share(some, sequences)
             for together in _within(sorted(members, key=lambda one: (own(one), one.past)), own):
                 yield together, pool
         for together in _within(sorted(alone, key=own), own):
             yield together, None
 
-    def _share(self, some: list[Family], ids: list[tuple[int, ...]]) -> tuple[PagePool, list[Member]]:
+    def _share(self, some: list[Family], sequences: Sequence[Pair]) -> tuple[PagePool, list[Member]]:
         """A pool with the latents of what these families share, and their members."""
         runner, page = self.runner, self.page_tokens
-        prefixes = [ids[family.members[0]][: family.shared] for family in some]
+        prefixes = [sequences[family.members[0]][0][: family.shared] for family in some]
+        for prefix in prefixes:
+            check_ids(prefix, len(prefix), 0, runner, "a sequence to score")
         pages = sum(-(-len(prefix) // page) for prefix in prefixes)
         pool = PagePool(
             len(runner.layers), 1 + pages, runner.entry_size, dtype=runner.dtype, device=runner.device, page_tokens=page
         )
         slots = [pool.slots(pool.take(pool.pages_for(len(prefix))), 0, len(prefix)) for prefix in prefixes]
-        segments, start = [], 0
-        for prefix in prefixes:
-            segments.append(Segment(start, len(prefix)))
-            start += len(prefix)
+        starts = np.cumsum([0, *map(len, prefixes)]).tolist()
+        segments = [Segment(start, len(prefix)) for start, prefix in zip(starts, prefixes)]
         positions = np.concatenate([np.arange(len(prefix)) for prefix in prefixes])
         self._forward(np.concatenate(prefixes), positions, segments, pool, np.concatenate(slots))
         self.shared_tokens += sum(family.shared * (len(family.members) - 1) for family in some)
@@ -119,17 +117,18 @@ class Scorer:
         return ids_T, self.runner.prefill(ids_T, positions_T, segments, pool, slots_T)
 
     def _parts(
-        self, members: list[Member], pool: PagePool | None, ids: list[tuple[int, ...]], prompts: list[int],
-        capture: CaptureSpec,
-    ) -> list[Callable[[], Tokens]]:  # fmt: skip
+        self, members: list[Member], pool: PagePool | None, sequences: Sequence[Pair], capture: CaptureSpec
+    ) -> list[Callable[[], Tokens]]:
         """Computes a pass; functions that give its Tokens, stretch by stretch, waiting for them on a GPU."""
         new, positions, segments, where = [], [], [], []
         for member in members:
-            whole, first = ids[member.index], len(new) - member.past  # where its token 0 would be in the list
+            prompt, completion = sequences[member.index]
+            whole, first = (*prompt, *completion), len(new) - member.past  # where its token 0 would be in the list
+            check_ids(whole, len(prompt), 0, self.runner, "a sequence to score")
             segments.append(Segment(len(new), len(whole) - member.past, member.slots))
             new += whole[member.past :]
             positions.append(np.arange(member.past, len(whole)))
-            where.append(np.arange(prompts[member.index] - 1, len(whole) - 1) + first)
+            where.append(np.arange(len(prompt) - 1, len(whole) - 1) + first)
         nowhere = np.zeros(len(new), dtype=np.int64)  # nobody reads these tokens' latents again: page 0
         ids_T, parts = self._forward(np.array(new), np.concatenate(positions), segments, pool, nowhere)
         where_N = to_device(np.concatenate(where), self.runner.device)
@@ -160,28 +159,38 @@ class Scorer:
         return lambda: Tokens.of(*unpack(read()))
 
 
-def families(ids: Sequence[Sequence[int]], prompts: Sequence[int]) -> list[Family]:
-    """Every sequence once, with those that share a beginning; in the order of their tokens.
+def families(prompts: Sequence[Sequence[int]]) -> list[Family]:
+    """Every prompt once, with those that share a beginning; a family's in the order of their tokens.
 
-    A sequence joins the family of the one before it in that order while this saves more tokens than it loses to the
-    members that share more.
+    Neighbours in that order join from the longest common beginning down, as long as this saves no fewer tokens: those
+    who join a family make all of it share what they share.
     """
-    order, arrays = sorted(range(len(ids)), key=ids.__getitem__), [np.asarray(one) for one in ids]
-    found: list[Family] = []
-    for i in order:
-        most = prompts[i] - 1  # the token before the first that is scored is its own
-        if found:
-            last = found[-1]
-            shared = min(last.shared, most, _common(arrays[last.members[-1]], arrays[i]))
-            if shared >= LEAST_SHARED and shared * len(last.members) >= last.shared * (len(last.members) - 1):
-                last.members.append(i)
-                last.shared = shared
-                continue
-        found.append(Family([i], most))
-    for family in found:
-        if len(family.members) == 1:
-            family.shared = 0
-    return found
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for i, prompt in enumerate(prompts):  # a prompt's last token is its own: what follows it is scored
+        start = tuple(prompt[:LEAST_SHARED]) if len(prompt) > LEAST_SHARED else (-1 - i,)
+        alike.setdefault(start, []).append(i)
+    return [family for some in alike.values() for family in _families(some, prompts)]
+
+
+def _families(some: list[int], prompts: Sequence[Sequence[int]]) -> list[Family]:
+    """Of prompts that begin alike."""
+    if len(some) == 1:
+        return [Family(some, 0)]
+    order = sorted(some, key=lambda i: tuple(prompts[i]))
+    arrays = [np.asarray(prompts[i]) for i in order]
+    shared = [_common(one[:-1], other[:-1]) for one, other in pairwise(arrays)]
+    owner = [Family([k], 0) for k in range(len(order))]
+    saved = lambda family: family.shared * (len(family.members) - 1)  # noqa: E731
+    for k in sorted(range(len(shared)), key=lambda k: -shared[k]):
+        left, right = owner[k], owner[k + 1]
+        together = len(left.members) + len(right.members) - 1
+        if shared[k] * together >= saved(left) + saved(right):
+            left.members += right.members
+            left.shared = shared[k]
+            for member in right.members:
+                owner[member] = left
+    found = [family for k, family in enumerate(owner) if family.members[0] == k]
+    return [Family([order[k] for k in family.members], family.shared) for family in found]
 
 
 def _common(one: np.ndarray, other: np.ndarray) -> int:
@@ -204,11 +213,9 @@ def _within(items: Iterable, tokens: Callable[[object], int]) -> Iterator[list]:
         yield some
 
 
-def _take(
-    members: list[Member], parts: list, ids: list[tuple[int, ...]], prompts: list[int], scored: list[TokenDists | None]
-) -> None:
+def _take(members: list[Member], parts: list, sequences: Sequence[Pair], scored: list[TokenDists | None]) -> None:
     """Reads a pass's result and hands every member its own."""
-    bounds = np.cumsum([0, *(len(ids[member.index]) - prompts[member.index] for member in members)])
+    bounds = np.cumsum([0, *(len(sequences[member.index][1]) for member in members)])
     if bounds[-1] == 0:
         for member in members:
             scored[member.index] = _nothing()

@@ -18,6 +18,7 @@ from distill.generate import Row, RowLoop
 from distill.records import CaptureSpec, TokenDists
 from distill.step_log import Drawn
 from teachers.engine import TeacherEngine
+from teachers.service_memory import Trimmer
 
 ADMIT_TOKENS = 8192  # distinct prompt tokens prefilled between two steps; one prompt may be longer
 SCORE_TOKENS = 4096  # tokens scored between two steps; one sequence may be longer
@@ -97,6 +98,7 @@ class EngineLoop:
         self._scores: deque[Score] = deque()
         self._owner_of: dict[int, int] = {}
         self._job_of: dict[int, int] = {}
+        self._trimmer = Trimmer()
 
     def run(self) -> None:
         """Takes commands and steps until Stop, in the thread of the caller. What it raises ends the service."""
@@ -109,6 +111,7 @@ class EngineLoop:
         if any(isinstance(command, Stop) for command in commands):
             return False
         self._take(commands, rows)
+        self._trimmer.turn(has_worked=not self._idle)
         if self._idle:
             return True
         news = self._admit(rows) if self._waiting and rows.wants_rows else []

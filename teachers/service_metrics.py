@@ -13,6 +13,12 @@ from prometheus_client import (
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/score", "/v1/models", "/health", "/metrics")
+COUNTS = {  # of the engine, where it counts them
+    "shared_tokens": "Prompt tokens of sequences to score that were computed for another sequence.",
+    "preempted": "Rows that gave their pages back and were computed again.",
+    "guesses": "Tokens guessed by the multi-token prediction module.",
+    "guesses_right": "Guesses that were what the model drew.",
+}
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
 
 

@@ -28,7 +28,7 @@ from teachers.service_app import build_app
 from teachers.service_desk import Desk
 from teachers.service_guard import Guard
 from teachers.service_loop import EngineLoop, EngineThread, News, Pace, ShareEngine, Stop
-from teachers.service_metrics import Metrics
+from teachers.service_metrics import COUNTS, Metrics
 from teachers.service_refusals import died, stopping
 from teachers.service_work import Service
 
@@ -72,6 +72,8 @@ class ServiceProcess:
         self.metrics.watch("waiting", "Sequences that wait for a slot.", lambda: self.desk.waiting)
         self.metrics.watch("cancelled", "Sequences freed before their end.", lambda: self.desk.cancelled)
         self.metrics.watch("slots", "Sequences that run at once.", lambda: self.desk.slots)
+        for count in engine.counts:
+            self.metrics.watch(count, COUNTS[count], lambda count=count: engine.counts.get(count, 0))
         self.service = Service(engine, name, limits, self.desk, self.metrics)
         app = Guard(
             build_app(self.service),

@@ -46,6 +46,10 @@ class SpeculativeGenerator(PagedGenerator):
         self.guessed = self.right = 0
 
     @property
+    def counts(self) -> dict[str, int]:
+        return super().counts | {"guesses": self.guessed, "guesses_right": self.right}
+
+    @property
     def _cached_layers(self) -> int:
         return super()._cached_layers + 1
 

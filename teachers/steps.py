@@ -50,6 +50,8 @@ class Steps:
         self.tables = zeros(rows, pool.pages_for(runner.max_positions))
         self.of = dict(zip(WHOLE, self.state)) | dict(zip(FLOATS, self.state.view(torch.float32)[len(WHOLE) :]))
         self.rows: list[Row] = []
+        if runner.mesh:
+            runner.mesh.prepare_steps(rows, runner.embed.shape[1], runner.dtype)
         self.graphs: dict[tuple[int, int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.memory = None
 

@@ -68,9 +68,8 @@ class TracesStage:
     ) -> None:
         started_s, sampling = time.monotonic(), self.config.teacher.sampling
         params = SamplingParams(sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_new_tokens)
-        capture = self.config.teacher.capture and CaptureSpec(
-            self.config.teacher.capture.k_max, self.config.teacher.capture.tail_bound
-        )
+        capture = self.config.teacher.capture
+        capture = capture and CaptureSpec(capture.k_max, capture.tail_bound, capture.tail_draws)
         wanted = sample_requests(engine.tokenizer, prompts, sampling.n, self.config.run.seed)
         samples: dict[tuple[str, int], Sample] = {}
         for sample in engine.sample(wanted, params, capture):

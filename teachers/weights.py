@@ -54,8 +54,8 @@ def experts_of(mlp: nn.Module, config, mesh: Mesh | None) -> Experts:
     gate_XE = choice.gate.weight.data if hasattr(mlp, "router") else choice.weight.data
     shared, (gate_up, down) = mlp.shared_experts, _routed_weights(mlp.experts)
     if mesh:
-        router["here"] = mesh.experts(len(gate_XE))
-        first = router["here"].start - mesh.held(len(gate_XE)).start
+        router["here"] = mesh.split.answering_experts(len(gate_XE))
+        first = router["here"].start - mesh.split.held_experts(len(gate_XE)).start
         gate_up, down = (_some(weights, first, len(router["here"])) for weights in (gate_up, down))
     return Experts(
         gate_XE,
@@ -86,17 +86,21 @@ def _some(weights: Tensor | ScaledWeights, first: int, count: int) -> Tensor | S
 
 
 def routed(ops: ModuleType, mesh: Mesh, experts: Experts, x_TE: Tensor, active_1: Tensor) -> Tensor:
-    """[T, E]: what the routed experts say, of which a tensor group's ranks each add a part. Called by all shares."""
+    """Parts [T, P, E] of what the routed experts say, to be added up over P and over the tensor group's ranks.
+
+    Called by all shares.
+    """
     if mesh.shares == 1:
-        return _answers(ops, experts, x_TE, active_1)
-    answered = lambda s: mesh.scatter(_answers(ops, experts, mesh.gather(x_TE, s), s.counts_S))  # noqa: E731
-    parts = [answered(stretch) for stretch in mesh.stretches]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts))[: len(x_TE)]
+        return ops.combine(*_answers(ops, experts, x_TE, active_1)).unsqueeze(1)
+    if mesh.peers and mesh.stretches[0].counts_S is mesh.step_counts_S:
+        return mesh.peers.scatter(*_answers(ops, experts, mesh.peers.gather(x_TE), mesh.step_counts_S))
+    answered = lambda s: ops.combine(*_answers(ops, experts, mesh.gather(x_TE, s), s.counts_S))  # noqa: E731
+    parts = [mesh.scatter(answered(stretch)) for stretch in mesh.stretches]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts))[: len(x_TE)].unsqueeze(1)
 
 
-def _answers(ops: ModuleType, experts: Experts, x_GE: Tensor, active_S: Tensor) -> Tensor:
-    """[G, E]: the sum over those of each token's experts that are here."""
+def _answers(ops: ModuleType, experts: Experts, x_GE: Tensor, active_S: Tensor) -> tuple[Tensor, Tensor, int]:
+    """What each choice's expert says [G, K, E], the choices [G, K], and the number of experts that are here."""
     chosen_GK, weight_GK = ops.route(x_GE, experts.gate, experts.bias, active_S, **experts.router)
     work = ops.group(chosen_GK, experts.gate_up, len(experts.gate))
-    out_GKE = ops.experts(x_GE, work, weight_GK, experts.gate_up, experts.down)
-    return ops.combine(out_GKE, chosen_GK, len(experts.gate_up))
+    return ops.experts(x_GE, work, weight_GK, experts.gate_up, experts.down), chosen_GK, len(experts.gate_up)

@@ -71,7 +71,7 @@ def divergence(
     if len(student_NV) != len(targets):
         found = f"{len(student_NV)} rows for {len(targets)} tokens"
         raise DataError("the student scored another number of tokens than it was given", where=where, value=found)
-    if len(targets.roots_E) and int(tables.members_of(targets.roots_E).max()) >= student_NV.shape[-1]:
+    if int(tables.members_of(np.unique(targets.roots_E)).max(initial=0)) >= student_NV.shape[-1]:
         raise DataError("a teacher token is outside of the student's vocabulary", where=where)
     parts = [
         _chunk(torch.as_tensor(student_NV[start : start + _CHUNK_TOKENS]), targets, tables, start)

@@ -4,7 +4,8 @@ Columns are ids w, w + W, w + 2 W, ...: the columns with the K largest maxima ho
 kernel leaves each column's maximum (and its mass relative to it). The second finds the K-th largest maximum t by
 bisection, lists the columns and then the entries that reach it (most often little more than K), and sorts these alone.
 Columns below t lie outside as a whole; in the others, what was not chosen. So the mass outside is a sum of outside
-terms, and a tail of 1e-12 keeps its digits. Rows with so many ties that a list would overflow take a slower kernel.
+terms, and a tail of 1e-12 keeps its digits. Rows with so many ties that a list would overflow, and all rows where they
+are few, take a kernel that sorts every maximum.
 
 Shape legend: A rows, V vocabulary, K candidates, W columns, C columns of the list, N entries of the list.
 """
@@ -17,6 +18,7 @@ from torch import Tensor
 from teachers.kernels.law import from_key, key, weight
 
 DEPTH = 32  # entries of a column
+FEW = 256  # rows for which one kernel after the other would take longer than a sort
 _LOWEST = tl.constexpr(-2139095041)  # the key of -inf
 
 
@@ -63,7 +65,9 @@ def _select(
     w = tl.arange(0, W2)
     maximum = tl.load(maxima + row * W + w, mask=w < W, other=float("-inf"))
     order = key(maximum)
-    low, high = tl.full([], _LOWEST - 1, tl.int64), tl.max(order, 0).to(tl.int64)
+    # Of K groups of columns each holds one that reaches the least of their K maxima: the K-th largest does, too.
+    low = tl.min(tl.max(tl.reshape(order, [W2 // K, K]), 0), 0).to(tl.int64) - 1
+    low, high = tl.maximum(low, tl.full([], _LOWEST - 1, tl.int64)), tl.max(order, 0).to(tl.int64)
     while high - low > 1:  # K or more maxima lie above low, fewer above high
         middle = low + (high - low) // 2
         if tl.sum((order > middle.to(tl.int32)).to(tl.int32), 0) >= K:
@@ -150,21 +154,19 @@ def search(logits_AV: Tensor, k: int, width: int, with_rest: bool) -> tuple[Tens
     new = lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device=logits_AV.device)  # noqa: E731
     maxima_AW, masses_AW = new(rows, width), new(rows, width if with_rest else 0)
     values_AK, ids_AK = new(rows, k), new(rows, k, dtype=torch.int32)
-    outside_A, ties_A, slow_A = (
-        new(rows, dtype=torch.float64),
-        new(rows, dtype=torch.int32),
-        new(rows, dtype=torch.int32),
-    )
+    outside_A, ties_A = new(rows, dtype=torch.float64), new(rows, dtype=torch.int32)
+    slow_A = torch.ones(rows, dtype=torch.int32, device=logits_AV.device)
     columns_AC, entries_AN = new(rows, 2 * k, dtype=torch.int32), new(rows, 4 * k, dtype=torch.int64)
     of = {"DEPTH": DEPTH, "MASS": with_rest}
     _columns[(rows, triton.cdiv(width, 512))](
         logits_AV, maxima_AW, masses_AW, stride, vocab, width, **of, BLOCK=512, num_warps=4
     )
     of |= {"W2": triton.next_power_of_2(width), "K": k}
-    _select[(rows,)](
-        logits_AV, maxima_AW, masses_AW, columns_AC, entries_AN, values_AK, ids_AK, outside_A, ties_A, slow_A, stride,
-        vocab, width, **of, C=2 * k, N=4 * k, num_warps=4 if k <= 64 else 8,
-    )  # fmt: skip
+    if rows > FEW:
+        _select[(rows,)](
+            logits_AV, maxima_AW, masses_AW, columns_AC, entries_AN, values_AK, ids_AK, outside_A, ties_A, slow_A,
+            stride, vocab, width, **of, C=2 * k, N=4 * k, num_warps=4 if k <= 64 else 8,
+        )  # fmt: skip
     _sorted[(rows,)](
         logits_AV, maxima_AW, masses_AW, values_AK, ids_AK, outside_A, ties_A, slow_A, stride, vocab, width, **of,
         num_warps=8,

@@ -103,6 +103,24 @@ def silu_mul(gate_up_T2F: Tensor) -> Tensor:
 
 
 @triton.jit
+def _spread(source, target, source_stride, stride_t, stride_h, H, P, H2: tl.constexpr, P2: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    h, p = tl.arange(0, H2), tl.arange(0, P2)
+    shared = tl.load(source + row * source_stride + p, mask=p < P, other=0.0)
+    to = target + row * stride_t + h[:, None] * stride_h + p[None, :]
+    tl.store(to, tl.broadcast_to(shared[None, :], [H2, P2]), mask=(h < H)[:, None] & (p < P)[None, :])
+
+
+def spread(source_TP: Tensor, target_THP: Tensor) -> None:
+    """Writes what all heads share to each of them."""
+    tokens, heads, size = target_THP.shape
+    _spread[(tokens,)](
+        source_TP, target_THP, source_TP.stride(0), target_THP.stride(0), target_THP.stride(1), heads, size,
+        H2=triton.next_power_of_2(heads), P2=triton.next_power_of_2(size), num_warps=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def _rotate(first, second, cos, sin):
     return first * cos - second * sin, second * cos + first * sin
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from teachers.kernels.chip import is_roomy
+from teachers.kernels.grouping import by_expert
 from teachers.scaled import BLOCK, ScaledWeights
 
 
@@ -31,25 +32,25 @@ class Tiles:
     num_warps: int
     num_stages: int
     described: bool = False  # weights through a tensor descriptor: Hopper's copy engine
+    group: int = 16  # work items of a prefill that share a pass over the weights
 
 
 # By the mean number of assignments an expert gets; the first bound that is not exceeded. Measured on an H100.
 UP_TILES = {
     12: Tiles(16, 64, 128, 4, 3),
     96: Tiles(64, 128, 64, 4, 4),
-    1 << 60: Tiles(128, 128, 64, 8, 4),
+    1 << 60: Tiles(128, 128, 64, 8, 3, described=True),
 }
 DOWN_TILES = {
     12: Tiles(16, 64, 128, 4, 5),
     40: Tiles(32, 64, 128, 4, 4),
     96: Tiles(64, 128, 64, 8, 4),
-    1 << 60: Tiles(128, 256, 64, 8, 4, described=True),
+    1 << 60: Tiles(128, 256, 64, 8, 3, described=True, group=8),
 }
 FLOAT32_TILES = Tiles(32, 32, 32, 4, 2)  # for tests: speed does not matter
 SMALL_TILES = Tiles(128, 64, 64, 4, 3)  # of a prefill where there is less shared memory
-SMALL_ASSIGNMENTS = 4096  # grouped by one small kernel; more go through a sort
+SMALL_ASSIGNMENTS = 4096  # grouped by one small kernel
 WIDENED_FROM = 128  # rows of a work item from which FP8 weights are widened once, not anew in each work item
-GROUP = 16  # work items of a prefill that share a pass over the weights
 
 
 @dataclass
@@ -97,7 +98,7 @@ def group(chosen_TK: Tensor, gate_up: Tensor, of: int | None = None) -> Work:
     total, device = tokens * top_k, chosen_TK.device
     tiles = tuple(_tiles(table, total / (of or experts), gate_up) for table in (UP_TILES, DOWN_TILES))
     if total > SMALL_ASSIGNMENTS:
-        return _group_large(chosen_TK, experts, tiles)
+        return Work(*by_expert(chosen_TK, experts, tiles[0].block_m), tiles)
     items = min(experts, total)
     new = lambda size: torch.empty(size, dtype=torch.int32, device=device)  # noqa: E731
     work = Work(new(items * tokens), new(items), new(items), new(items), new(1), tiles)
@@ -123,21 +124,6 @@ def _tiles(table: dict[int, Tiles], mean: float, weights: Tensor) -> Tiles:
         return FLOAT32_TILES
     tiles = next(tiles for bound, tiles in table.items() if mean <= bound)
     return tiles if tiles.block_m < SMALL_TILES.block_m or is_roomy(weights.device) else SMALL_TILES
-
-
-def _group_large(chosen_TK: Tensor, experts: int, tiles: tuple[Tiles, Tiles]) -> Work:
-    flat_A, block_m = chosen_TK.flatten(), tiles[0].block_m
-    sorted_A, rows_A = flat_A.to(torch.int16).sort(stable=True)
-    first_X1 = torch.searchsorted(sorted_A, torch.arange(experts + 1, dtype=torch.int16, device=flat_A.device))
-    size_X = first_X1.diff()
-    blocks_X = (size_X + block_m - 1) // block_m
-    ends_X = blocks_X.cumsum(0)
-    item_W = torch.arange(len(flat_A) // block_m + experts, device=flat_A.device)
-    expert_W = torch.searchsorted(ends_X, item_W, right=True).clamp_(max=experts - 1)
-    skipped_W = (item_W - (ends_X - blocks_X)[expert_W]) * block_m
-    size_W = (size_X[expert_W] - skipped_W).clamp_(0, block_m)
-    start_W = first_X1[expert_W] + skipped_W
-    return Work(rows_A.int(), expert_W.int(), start_W.int(), size_W.int(), ends_X[-1:].int(), tiles)
 
 
 @triton.jit
@@ -251,7 +237,7 @@ def _launch(
         items,
         inputs,
         outputs,
-        GROUP if tiles.block_m >= 128 else items,
+        tiles.group if tiles.block_m >= 128 else items,
         TOP_K=top_k,
         GATED=gated,
         DESCRIBED=described,

@@ -1,6 +1,6 @@
 """The functions of teachers.plain on a GPU, under the same names."""
 
-from teachers.kernels.elementwise import add_norm, combine, rope_and_cache, silu_mul
+from teachers.kernels.elementwise import add_norm, combine, rope_and_cache, silu_mul, spread
 from teachers.kernels.gqa import attend_ragged, gqa_decode, rotate_heads
 from teachers.kernels.mla import mla_decode
 from teachers.kernels.moe import experts, group
@@ -18,4 +18,5 @@ __all__ = [
     "rotate_heads",
     "route",
     "silu_mul",
+    "spread",
 ]

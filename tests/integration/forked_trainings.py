@@ -30,13 +30,14 @@ class Stop:
 
 @dataclass(frozen=True)
 class Request:
-    """One launch: `ranks` processes that train the student of `world` into `out`."""
+    """One launch: `ranks` processes that train the student of `world` into `out`, its export cut at `shard_bytes`."""
 
     world: str
     out: str
     ranks: int = 1
     train: dict = field(default_factory=dict)
     kind: str = "logits"
+    shard_bytes: int | None = None
     stop: Stop | None = None
 
 
@@ -144,6 +145,7 @@ def fork(request: Request, rank: int, port: str) -> int:
 
 
 def train(request: Request) -> None:
+    checkpoint.SHARD_BYTES = request.shard_bytes or checkpoint.SHARD_BYTES
     ranks = init_ranks("cpu", timeout_s=60)
     run = RunFolder(Path(request.world), "run", commit="test", rank=ranks.rank)
     config = settings(Path(request.world) / "model", request.kind, **request.train)
@@ -162,6 +164,7 @@ if __name__ == "__main__":
     from distill.dist import init_ranks
     from distill.store import RunFolder
     from distill.tracking import Tracker
+    from students import checkpoint
     from students.train import train_student
 
     torch.set_num_threads(1)

@@ -42,6 +42,7 @@ from distill.dist import add_launcher_arguments, init_ranks
 from distill.generate import Row
 from distill.records import CaptureSpec, SampleRequest, SamplingParams
 from distill.split import Split
+from teachers import mesh
 from teachers.engine import TeacherEngine
 from teachers.paged import PagePool
 from teachers.runner import Segment
@@ -194,7 +195,7 @@ def draw(engine: TeacherEngine | PagedGenerator, tokenizer, split: Split) -> dic
 
 def paged_logits(runner, ids: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """As split_logits: (of every position in one pass, of the last ones by a prefill of the rest and decode steps)."""
-    lengths, device, mesh = [len(each) for each in ids], runner.device, runner.mesh
+    lengths, device, over = [len(each) for each in ids], runner.device, runner.mesh
 
     def prefill(parts: list[torch.Tensor], *where) -> list[torch.Tensor]:
         sizes = [len(part) for part in parts]
@@ -217,12 +218,12 @@ def paged_logits(runner, ids: list[torch.Tensor]) -> tuple[list[torch.Tensor], l
         tables[row, : len(own)] = torch.tensor(own)
     active = torch.tensor([len(ids)], dtype=torch.int32, device=device)
     for step in range(DECODE_STEPS):
-        if mesh and mesh.shares > 1:
-            now = mesh.meet(rows=len(ids))
+        if over and over.shares > 1:
+            now = over.meet(rows=len(ids))
             assert not now.is_prefill
         at = torch.tensor([prompt + step for prompt in prompts], dtype=torch.int32)
         tokens = torch.stack([each[n] for each, n in zip(ids, at.tolist())]).int()
-        if mesh and mesh.shares > 1 and device.type == "cuda":  # a recorded step has the same rows everywhere
+        if over and over.shares > 1 and device.type == "cuda":  # a recorded step has the same rows everywhere
             extra = now.most - len(ids)
             tokens, at = F.pad(tokens, (0, extra)), F.pad(at, (0, extra))
             now_tables = F.pad(tables, (0, 0, 0, extra))
@@ -236,6 +237,7 @@ def paged_logits(runner, ids: list[torch.Tensor]) -> tuple[list[torch.Tensor], l
 def compare_paged(engine: TeacherEngine, case: dict, split: Split) -> dict:
     """The gaps of the logits over pages; the samples, with a cache that is ample and with one that is not."""
     runner = runner_of(engine.model, engine.vocab_size, split)
+    mesh.GATHERED_TOKENS = 100  # experts answer a pass in several stretches
     ids = sequences(split.share, engine.vocab_size)
     reference = whole_logits(case["path"], torch.float32, split.share, engine.vocab_size, engine.model.device)
     whole, stepped = paged_logits(runner, ids)
@@ -267,11 +269,11 @@ def compare_kept(case: dict, device: torch.device, split: Split) -> tuple[dict, 
 
 def draw_in_turns(paged: PagedGenerator, tokenizer, split: Split) -> dict:
     """This rank's samples, drawn as a service does: a step, perhaps a score, then a wait for the others, again."""
-    asked, mesh, drawn = share_of(requests(tokenizer), split), paged.runner.mesh, {}
+    asked, drawn = share_of(requests(tokenizer), split), {}
     waiting = [Row(request, PARAMS, CAPTURE if request.sample_index else None) for request in asked]
     with paged.rows() as loop:
         turn = 0
-        while not mesh.least(int(not waiting and not loop.active)):
+        while not paged.runner.mesh.least(int(not waiting and not loop.active)):
             if waiting and loop.wants_rows:
                 now, waiting = waiting[: loop.free], waiting[loop.free :]
                 loop.admit(now)

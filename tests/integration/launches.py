@@ -179,7 +179,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-_TIMES = {"wall_s", "device_s", "cost", "tokens_per_s", "step_s", "date", "commit", "dir"}
+_TIMES = {"wall_s", "device_s", "cost", "tokens_per_s", "step_s", "data_wait_s", "date", "commit", "dir"}
 
 
 def numbers(report: object) -> object:

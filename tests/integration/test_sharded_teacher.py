@@ -77,7 +77,7 @@ def short(tmp_path_factory) -> Found:
 def two(tmp_path_factory) -> Found:
     ways = [(1, 2), (2, 1), (2, 2)]
     cases = [case(*way, do=ALL) for way in ways] + [case(*way, "bfloat16", do=["logits"]) for way in ways]
-    return launch(2, [*cases, case(2, 1, path=STUDENT)], tmp_path_factory.mktemp("two"))
+    return launch(2, [*cases, case(2, 1, path=STUDENT, do=ALL)], tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")

@@ -196,6 +196,11 @@ CONTRADICTIONS = [
         "students.0.loss.target",
         "drawn hotter than 1",
     ),
+    (
+        ["students.0.loss.target=sampling", "teacher.capture.tail_draws=4"],
+        "students.0.loss.target",
+        "stand for the teacher's distribution alone",
+    ),
     (["students.0.loss.divergence=jsd", "students.0.loss.beta=1.0"], "students.0.loss.beta", "0 for every student"),
     (["teacher.capture=null"], "students.0.loss.kind", "no distribution would be stored"),
     (["train.micro_batch_tokens=100000"], "train.micro_batch_tokens", "must be <= train.batch_tokens, 65536"),
@@ -216,7 +221,10 @@ CONTRADICTIONS = [
         "cannot average weights that are offloaded",
     ),
     (["train.optimizer=paged_adamw8bit", "hardware.device=cpu"], "train.optimizer", "only CUDA moves pages"),
+    (["students.0.adapter={kind: lora, targets: [q_proj, q_proj]}"], "students.0.adapter.targets", "named once"),
     (["students.0.adapter={kind: qlora}", "train.zero_stage=3"], "students.0.adapter.kind", "weights of 4 bits"),
+    (["train.sequence_parallel=3", "hardware.gpus=8"], "train.sequence_parallel", "must divide hardware.gpus, 8"),
+    (["train.kept_activations=products"], "train.kept_activations", "everything is kept"),
     (["publish.student=c"], "publish.student", "one of best, a, b, or null"),
     (["publish.student=null", "publish.repo=o/r"], "publish.repo", "nothing to upload"),
     (["publish.license=llama3.1", "publish.repo=o/my-model"], "publish.repo", "start with Llama"),
@@ -332,6 +340,7 @@ def test_what_only_changes_speed_leaves_every_stage_as_it_is(valid):
         ("prompts.max_train=7", {"prompts"}),
         ("teacher.sampling.temperature=1.0", {"traces"}),
         ("teacher.capture.k_max=32", {"traces"}),
+        ("teacher.capture.tail_draws=4", {"traces"}),
         ("traces.verify=false", {"traces"}),
         ("teacher.path=org/other", {"traces", "eval"}),
         ("students.0.loss.alpha=0.5", {"train a"}),
@@ -355,8 +364,18 @@ def test_an_unknown_stage_has_no_spec(valid):
 
 
 def test_sampling_bounds_are_the_mathematical_ones(valid):
-    for good in ("teacher.sampling.top_p=1", "teacher.sampling.temperature=0", "teacher.capture.tail_bound=0"):
+    for good in (
+        "teacher.sampling.top_p=1",
+        "teacher.sampling.temperature=0",
+        "teacher.capture.tail_bound=0",
+        "teacher.capture.tail_draws=64",
+    ):
         load_config(valid, [good])
-    for bad in ("teacher.sampling.top_p=0", "teacher.sampling.top_p=1.01", "teacher.sampling.temperature=-0.1"):
+    for bad in (
+        "teacher.sampling.top_p=0",
+        "teacher.sampling.top_p=1.01",
+        "teacher.sampling.temperature=-0.1",
+        "teacher.capture.tail_draws=65",
+    ):
         assert bad.split("=")[0] in errors(valid, bad)
     assert math.isclose(load_config(valid).teacher.sampling.top_p, 0.95)

@@ -1,5 +1,6 @@
 """Laws of check_machine: all that a machine lacks is told at once, before anything is loaded or fetched."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -122,3 +123,20 @@ def test_all_that_the_machine_lacks_is_told_at_once(machine):
     assert lines[0] == "5 errors in this machine:" and len(lines) == 6
     for line, word in zip(lines[1:], ("GPU", "no/such/folder", "missing", "WANDB_API_KEY", "HF_TOKEN")):
         assert word in line
+
+
+def test_optimizers_offload_and_adapters_ask_for_what_they_need(machine, monkeypatch, tmp_path):
+    _, check = machine
+    chosen = ["train.optimizer=adamw8bit", "students.0.adapter={kind: qlora}"]
+    assert check(*chosen) is None  # both packages are dependencies
+    for package in ("bitsandbytes", "peft"):
+        monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    with pytest.raises(CapacityError) as error:
+        check(*chosen)
+    for said in ("train.optimizer is adamw8bit but bitsandbytes", "kind is qlora but bitsandbytes", "but peft is not"):
+        assert said in str(error.value)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(CapacityError) as error:
+        check("train.offload=cpu", "hardware.device=cuda")
+    assert "there is no g++" in str(error.value) and "there is no ninja" in str(error.value)
+    assert check("train.offload=cpu") is None  # on a CPU nothing is compiled

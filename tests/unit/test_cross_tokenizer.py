@@ -133,6 +133,16 @@ def test_gold_merges_groups_by_the_chain_rule(aligner):
     assert float(cross_losses.gold_ce(batch)) == pytest.approx(both, rel=1e-12)
 
 
+def test_alm_asks_of_every_group_whether_it_comes_next(aligner):
+    batch, cut = make_batch(aligner, TEXTS)
+    expected = float(batch.ce_N.sum())
+    for own, theirs in groups_by_hand(aligner, cut):
+        p = np.exp(sum(float(batch.logp_NV[i, batch.labels_N[i]]) for i in own))
+        q = np.exp(sum(float(batch.logp_TW[i, batch.labels_T[i]]) for i in theirs))
+        expected += q * np.log(q / p) + (1 - q) * np.log((1 - q) / (1 - p))
+    assert float(cross_losses.alm(batch)) == pytest.approx(expected, rel=1e-9)
+
+
 def test_shared_is_a_renormalised_divergence_where_one_token_stands_against_one(aligner):
     batch, cut = make_batch(aligner, TEXTS)
     own_U, theirs_U = shared_ids(aligner)

@@ -46,6 +46,17 @@ def test_every_expert_and_head_is_held_once_in_a_copy_and_every_request_is_worke
         assert len(group) == tensor and len({each.block for each in group}) == 1
 
 
+@given(layouts(), st.integers(1, 7))
+def test_every_routed_expert_answers_once_in_a_copy_from_where_its_weights_are(layout, each):
+    tensor, expert, world = layout
+    splits = [Split(tensor, expert, rank, world) for rank in range(world)]
+    for block in splits[0].blocks:
+        answering = [splits[rank].answering_experts(each * expert) for rank in block]
+        assert sorted(number for part in answering for number in part) == list(range(each * expert))
+        held = [splits[rank].held_experts(each * expert) for rank in block]
+        assert all(set(part) <= set(has) and len(has) == each for part, has in zip(answering, held))
+
+
 @pytest.mark.parametrize(("layout", "message"), [((2, 3, 6), "one must divide"), ((1, 4, 6), "4 must divide the 6")])
 def test_ranks_that_cannot_be_laid_out_are_an_error(layout, message):
     tensor, expert, world = layout

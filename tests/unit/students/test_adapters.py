@@ -171,7 +171,7 @@ def losses(out):
     return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind, stage", [("lora", 3), ("qlora", 1)])
+@pytest.mark.parametrize("kind, stage", [pytest.param("lora", 3, marks=pytest.mark.slow), ("qlora", 1)])
 def test_an_adapter_learns_resumes_exactly_and_merges(world, ranks, tmp_path, kind, stage):
     changes = {"zero_stage": stage, "adapter": {"kind": kind, "rank": 8}, "epochs": 4, "lr": 2e-2}
     train(world, tmp_path / "whole", ranks, **changes)
@@ -190,3 +190,38 @@ def test_an_adapter_learns_resumes_exactly_and_merges(world, ranks, tmp_path, ki
     base = load_file(world / "model" / "model.safetensors")
     changed = {name for name, tensor in exported[0].items() if not torch.equal(tensor, base[name])}
     assert changed == {name for name in base if "_proj." in name}
+
+
+@pytest.mark.slow
+def test_two_ranks_train_the_adapter_and_its_average_of_one(world, ranks, tmp_path):
+    common = {"adapter": {"kind": "lora", "rank": 8}, "lr": 2e-2, "micro_batch_tokens": 192, "epochs": 1}
+    changes = [common | {"zero_stage": stage, "ema_decay": 0.6} for stage in (0, 2, 3)]
+    changes.append(common | {"zero_stage": 2, "adapter": {"kind": "qlora", "rank": 8}})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(LAUNCH)]
+    command += [str(world), str(tmp_path / "two"), "--train", json.dumps(changes)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for i, settings_of_two in enumerate(changes):
+        one, two = tmp_path / str(i), tmp_path / "two" / str(i)
+        train(world, one, ranks, **settings_of_two)
+        assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+        expected = load_file(one / "model" / "model.safetensors")
+        found = load_file(two / "model" / "model.safetensors")
+        assert max((found[name] - expected[name]).abs().max() for name in expected) < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merged_weight_is_the_adapted_layer_on_a_gpu(tmp_path, kind):
+    make_model(tmp_path, hidden=WIDTH)
+    model, _ = load_student(tmp_path, torch.bfloat16)
+    device = torch.device("cuda")
+    adapters.attach(model.to(device), Adapter(kind=kind, rank=4, targets=["v_proj"]), torch.bfloat16, device, 0)
+    fill(model)
+    weight = {weight.name: weight for weight in adapters.plain_weights(model)}["model.layers.0.self_attn.v_proj.weight"]
+    target = model.model.layers[0].self_attn.v_proj
+    with torch.no_grad():
+        merged = weight.merge(*[parameter.detach() for parameter in weight.parameters])
+        found = target(torch.eye(WIDTH, device=device, dtype=torch.bfloat16)).T
+    assert (merged - found).abs().max() < 0.01 * merged.abs().max()

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from students.step import LossSettings, StudentStep
 from students.train import train_student
 
 LAUNCH = Path(__file__).with_name("launch_training.py")
-TIMES = ("tokens_per_s", "step_s")
+TIMES = ("tokens_per_s", "step_s", "data_wait_s")
 
 
 def train(world, out, ranks, **changes):
@@ -107,6 +108,18 @@ def test_a_damaged_checkpoint_is_passed_over(world, ranks, tmp_path, capsys):
     assert equal(exported(tmp_path / "again"), expected)
 
 
+@pytest.mark.parametrize("held_out", [0, 4])
+def test_the_best_checkpoint_is_that_of_the_lowest_loss(world, ranks, tmp_path, held_out):
+    """On held-out traces where there are any, else in training; a high rate makes losses that go up and down."""
+    rough = {"lr": 0.9, "schedule": "constant", "epochs": 4, "eval_traces": held_out, "eval_steps": 1}
+    train(world, tmp_path, ranks, keep_best=True, keep_checkpoints=1, checkpoint_steps=1, **rough)
+    losses = {row["step"]: row["eval_loss" if held_out else "loss"] for row in log(tmp_path)[:-1]}
+    best = min(losses, key=losses.__getitem__)
+    folder = tmp_path / "checkpoints"
+    assert (folder / "best").read_text() == f"step-{best:06d}\n" and best < max(losses)
+    assert {int(path.name[5:]) for path in folder.glob("step-*")} == {best, max(losses)}
+
+
 def test_an_unfinished_checkpoint_of_a_dead_process_is_removed(world, ranks, tmp_path):
     stale = tmp_path / "checkpoints" / ".step-000002.tmp-999999999"
     stale.mkdir(parents=True)
@@ -151,6 +164,27 @@ def test_an_export_loads_and_gives_the_engines_logits(ranks, tmp_path, monkeypat
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == [type(model).__name__] and config["dtype"] == "float32"
     assert "_attn_implementation" not in config and not list(tmp_path.glob(".model*"))
+    engine.close()
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_an_export_holds_one_shard_of_weights_at_a_time(world, ranks, tmp_path, monkeypatch, stage):
+    engine, tokenizer = engine_of(world / "model", ranks, stage, tmp_path)
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
+    alive, most, whole_weights = weakref.WeakSet(), [], engine.whole_weights
+
+    def watched(dtype):
+        for name, tensor in whole_weights(dtype):
+            alive.add(tensor)
+            most.append(sum(each.nbytes for each in alive))
+            yield name, tensor
+            del tensor
+
+    monkeypatch.setattr(engine, "whole_weights", watched)
+    checkpoint.export(engine, tokenizer, tmp_path / "model", torch.float32, ranks)
+    sizes = [shape.numel() * 4 for shape in engine.shapes().values()]
+    assert sum(sizes) > 4 * 20_000  # there is something to hold back
+    assert max(most) <= max(20_000, max(sizes)) + max(sizes)
     engine.close()
 
 

@@ -138,6 +138,31 @@ def test_the_last_and_the_best_are_kept(engines, ranks, tmp_path):
     assert (folder / "best").read_text() == "step-000006\n" and best_checkpoint(folder).name == "step-000006"
 
 
+def test_a_checkpoint_of_the_step_that_was_resumed_is_not_replaced(engines, ranks, tmp_path):
+    """Between removing the old and naming the new there would be none."""
+    engine, places = engines(), set()
+    for _ in range(2):
+        checkpoints = Checkpoints(tmp_path, ranks, 1)
+        checkpoints.save(engine, 4, {"identity": {}})
+        checkpoints.wait()
+        places.add((tmp_path / "step-000004").stat().st_ino)
+    assert len(places) == 1
+
+
+def test_a_damaged_later_checkpoint_does_not_push_out_a_whole_one(engines, ranks, tmp_path):
+    engine, checkpoints = engines(), Checkpoints(tmp_path, ranks, 1)
+    checkpoints.save(engine, 6, {"identity": {}})
+    checkpoints.wait()
+    (tmp_path / "step-000006" / "state.json").write_text("{")
+    checkpoints.save(engine, 5, {"identity": {}})
+    checkpoints.wait()
+    assert newest_checkpoint(tmp_path, lambda _: None)[1]["step"] == 5
+    checkpoints.save(engine, 6, {"identity": {}})  # the damaged one is replaced when the training comes there again
+    checkpoints.wait()
+    assert newest_checkpoint(tmp_path)[1]["step"] == 6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000006"]
+
+
 def test_a_checkpoint_without_a_score_is_never_the_best(engines, ranks, tmp_path):
     engine, checkpoints = engines(), Checkpoints(tmp_path, ranks, 1, keep_best=True)
     for number in (1, 2):

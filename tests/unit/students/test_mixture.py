@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from student_world import make_dists, make_model, make_stages, make_tokenizer, make_traces, settings
 from transformers import AutoModelForCausalLM
 
+from distill.config import check_machine, load_config
 from distill.config_mixture import BundledQuestions, General, GeneralJsonl
-from distill.errors import ConfigError, DataError
-from distill.logit_cache import to_sparse_targets
+from distill.errors import ConfigError, DataError, DistillError
+from distill.logit_cache import CacheReader, to_sparse_targets
 from distill.losses.buckets import BucketedTargets
 from distill.losses.sparse import SparseTargets
 from distill.records import Prompt
@@ -23,6 +24,7 @@ from students import general
 from students.data import load_traces
 from students.mixture import Mixture, Part, hold_out, merge
 from students.packing import Passes, TrainPlan
+from students.sequence import RowRanks
 from students.train import train_student
 
 
@@ -164,6 +166,16 @@ def test_an_empty_share_of_a_mixture_bears_no_loss(world):
     assert batch.labels_M.tolist() == [-100] and batch.alpha_M.tolist() == [0.0] and batch.set_M.tolist() == [0]
 
 
+def test_ranks_that_share_a_row_share_its_sets(world):
+    data = mixture(world)
+    count = len(data.parts[0].data.examples)
+    batch = data.collate([[0, count + 1, 2]], 400)
+    shares = [RowRanks(3, place, "group").share(batch) for place in range(3)]
+    for name in ("labels_M", "set_M", "alpha_M"):
+        assert torch.equal(torch.cat([getattr(share, name) for share in shares]), getattr(batch, name))
+    assert torch.equal(torch.cat([s.targets.tail_N for s in shares]), batch.targets.tail_N)
+
+
 # --- held-out traces -------------------------------------------------------------------------------------------------
 
 
@@ -238,8 +250,8 @@ def test_own_answers_close_the_reasoning_and_end_the_turn(tokenizer, tmp_path):
         tmp_path / "g.jsonl",
         [chat("What is 1 + 2?", "3"), chat("Why?", "<think>\nso</think>\nthus"), {"messages": "a b"}],
     )
-    rows = general.GeneralRows(General(sources=[source], loss="ce"), tokenizer, [])
-    data = rows.load(math.inf, None, 96, "drop")
+    rows = general.GeneralRows(General(sources=[source], loss="ce"), tokenizer, [], max_seq_tokens=96)
+    data = rows.load(math.inf, None)
     texts = {tokenizer.decode(e.prompt_ids + e.completion_ids): e for e in data.examples}
     assert set(texts) == {
         "<|user|>What is 1 + 2?<|assistant|><think>\n</think>\n3<|end|>",
@@ -253,17 +265,34 @@ def test_own_answers_close_the_reasoning_and_end_the_turn(tokenizer, tmp_path):
     assert data.counts["rows"] == 3 and data.caches is None
 
 
+def test_rows_that_cannot_be_used_are_counted_and_stop_nothing(tokenizer, tmp_path):
+    rows = [chat("fine", "yes"), chat("a <|end|> inside", "x"), chat("much " * 100, "x"), {"messages": "z"}]
+    source = write_rows(tmp_path / "g.jsonl", rows)
+    made = general.GeneralRows(General(sources=[source], loss="ce"), tokenizer, [], max_seq_tokens=60)
+    data = made.load(math.inf, None)
+    assert len(data.examples) == data.counts["rows"] == 1 and data.counts["refused"] == 3
+    source = write_rows(tmp_path / "g.jsonl", rows[1:])
+    with pytest.raises(DataError, match="no row of general data can be used"):
+        general.GeneralRows(General(sources=[source], loss="ce"), tokenizer, [], max_seq_tokens=60).load(math.inf, None)
+
+
+def test_special_tokens_in_plain_text_are_characters(tokenizer, tmp_path):
+    row = general.Row((), "ends with <|end|>, it says")
+    ids = row.prompt_ids(tokenizer) + row.completion_ids(tokenizer)
+    assert end_id(tokenizer) not in ids and tokenizer.decode(ids) == row.text
+
+
 # --- whole trainings -------------------------------------------------------------------------------------------------
 
 
-def run_mixed(root, ranks, name, *, kind="logits", general=None, **changes):
+def run_mixed(root, ranks, name, *, kind="logits", general=None, asked=(), **changes):
     """(counts, rows of log.jsonl, stage) of a training in `root`, a prepared world with the run "run"."""
     run = RunFolder(root, "run", commit="test")
     config = settings(root / "model", kind, general=general, **changes)
     student = config.students[0].model_copy(update={"name": name})
     stage = run.stage("train", name).open({}, {})
     with Tracker(config, stage.path) as tracker:
-        counts = train_student(config, student, run.stage("traces"), run.stage("logits"), stage, ranks, tracker)
+        counts = train_student(config, student, run.stage("traces"), run.stage("logits"), stage, ranks, tracker, asked)
     run.release()
     return counts, [json.loads(line) for line in (stage.path / "log.jsonl").read_text().splitlines()], stage
 
@@ -298,6 +327,18 @@ def test_the_base_is_asked_once_and_costs_nothing_at_the_start(own_world, ranks,
     assert [[row.get(k) for k in keys] for row in log] == [[row.get(k) for k in keys] for row in log_again]
 
 
+@pytest.mark.parametrize("changes", [{"micro_batch_tokens": 96}, {"zero_stage": 3, "micro_batch_tokens": 192}], ids=str)
+def test_losses_of_the_sets_are_the_same_for_any_micro_batch_split_and_zero_stage(own_world, ranks, changes):
+    rows = [chat(f"What is {a} + {a}?", str(2 * a)) for a in range(100, 130)]
+    how = General(sources=[write_rows(own_world / "g.jsonl", rows)], share=0.3, max_new_tokens=12)
+    _, expected, _ = run_mixed(own_world, ranks, "a", general=how, epochs=1)
+    _, found, _ = run_mixed(own_world, ranks, "b", general=how, epochs=1, **changes)
+    for row, want in zip(found, expected, strict=True):
+        assert row.keys() == want.keys()
+        for name in ("loss", "loss/traces", "loss/general", "kd", "grad_norm"):
+            assert row.get(name, 0) == pytest.approx(want.get(name, 0), rel=1e-5, abs=1e-5), name
+
+
 def test_answers_of_the_base_do_not_depend_on_how_often_it_was_stopped(own_world, ranks, monkeypatch):
     monkeypatch.setattr(general, "SHARD_ROWS", 4)
     source = write_rows(own_world / "g.jsonl", [chat(f"Say {i}", "x") for i in range(10)])
@@ -310,6 +351,20 @@ def test_answers_of_the_base_do_not_depend_on_how_often_it_was_stopped(own_world
     _, again, _ = run_mixed(own_world, ranks, "a", kind="response", general=how, epochs=1)
     after = {path.name: path.read_bytes() for path in (stage.path / "general").glob("*.cache")}
     assert before == after and [row["loss"] for row in log] == [row["loss"] for row in again]
+
+
+def test_the_base_reads_texts_and_passes_over_what_it_cannot_be_asked(own_world, ranks):
+    rows = [{"messages": f"{a} and {a + 1} make {2 * a + 1}." * 2} for a in range(12)]
+    rows += [chat("a <|end|> inside", "x"), chat("What is 5 + 5?", "10")]
+    how = General(sources=[write_rows(own_world / "g.jsonl", rows)], share=0.5, max_new_tokens=8)
+    counts, log, stage = run_mixed(own_world, ranks, "t", kind="response", general=how, epochs=1)
+    assert counts["general_rows"] == 13 and counts["general_refused"] == 1
+    tokenizer = load_tokenizer(own_world / "model")
+    texts = {general.Row((), row["messages"]).key: row["messages"] for row in rows[:12]}
+    with CacheReader(stage.path / "general" / "general-00000.cache") as reader:
+        read = {key: tokenizer.decode(reader[key].sampled_T.tolist()) for key in reader.keys() if key in texts}  # noqa: SIM118
+    assert len(read) == 12 and all(texts[key].endswith(found) and len(found) > 20 for key, found in read.items())
+    assert log[0].get("loss/general", 0) < 0.02
 
 
 def test_traces_of_another_run_are_trained_with_their_weight(own_world, ranks):
@@ -325,9 +380,64 @@ def test_traces_of_another_run_are_trained_with_their_weight(own_world, ranks):
     assert all(row["loss/traces"] > 0 for row in log) and any("loss/again" in row for row in log)
 
 
-def test_shares_out_of_bounds_are_config_errors():
-    from pydantic import ValidationError
+def test_traces_of_another_run_that_the_evaluation_asks_are_left_out(own_world, ranks):
+    tokenizer = load_tokenizer(own_world / "model")
+    others = make_traces(tokenizer, 10, seed=5)
+    make_stages(own_world / "other", tokenizer, others)
+    asked = [Prompt(others[0].prompt.text.upper(), "", "x"), Prompt("unrelated", "", "x")]
+    sets = [{"name": "again", "run": str(own_world / "other" / "run")}]
+    counts, *_ = run_mixed(own_world, ranks, "c", epochs=1, trace_sets=sets, asked=asked)
+    assert (counts["again_kept"], counts["again_overlapping"]) == (7, 1)
 
-    for share in (0.0, 1.0, -0.1):
-        with pytest.raises((ValidationError, ConfigError)):
-            General(share=share)
+
+# --- the config ------------------------------------------------------------------------------------------------------
+
+VALID = """
+run: {name: t}
+prompts: {train: [{kind: jsonl, path: a}], eval: [{kind: jsonl, path: b}]}
+teacher: {path: teachers/tiny/teacher}
+students: [{name: a, path: teachers/tiny/student-same}]
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(VALID)
+    return path
+
+
+def test_an_empty_general_section_takes_bundled_questions_and_none_is_the_default(config_file):
+    assert load_config(config_file).train.general is None
+    found = load_config(config_file, ["train.general={}"]).train.general
+    assert [source.kind for source in found.sources] == ["bundled"] and (found.share, found.loss) == (0.1, "kl_to_base")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.general={share: 1.0}", "share is 1.0; it must be < 1"),
+        ("train.general={share: 0}", "share is 0; it must be > 0"),
+        ("train.general={sources: []}", "sources"),
+        ("train.general={loss: kl}", "loss is 'kl'; it must be one of 'kl_to_base', 'ce'"),
+        ("train.general={sources: [{kind: jsonl, path: x, feild: y}]}", "Did you mean field?"),
+        ("train.trace_sets=[{name: general, run: r}]", "that set is there already"),
+        ("train.trace_sets=[{name: a, run: r}, {name: a, run: s}]", "train.trace_sets.0 has that name too"),
+        ("train.trace_sets=[{name: a, run: runs/t}]", "that is this run"),
+        ("train.trace_sets=[{name: a, run: r, weight: 0}]", "weight is 0; it must be > 0"),
+        ("train.too_long=cut", "too_long is 'cut'"),
+        ("train.curriculum=short", "curriculum is 'short'"),
+        ("train.loader_workers=-1", "loader_workers is -1"),
+    ],
+)
+def test_a_wrong_mixture_is_told_with_its_setting(config_file, override, said):
+    with pytest.raises(ConfigError) as error:
+        load_config(config_file, [override])
+    assert said in str(error.value)
+
+
+def test_what_is_not_there_is_told_before_any_work(config_file):
+    sets = ["train.trace_sets=[{name: a, run: nowhere}]", "train.general={sources: [{kind: jsonl, path: gone.jsonl}]}"]
+    with pytest.raises(DistillError) as error:
+        check_machine(load_config(config_file, sets))
+    assert "no run there has finished its traces" in str(error.value) and "gone.jsonl" in str(error.value)

@@ -50,7 +50,10 @@ def reference(world, ranks, data, tmp_path_factory):
     return learn(world, ranks, data, tmp_path_factory.mktemp("reference"), 30, zero_stage=0)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 3])
 def test_8_bit_moments_follow_float32_adamw_for_30_steps(world, ranks, data, reference, tmp_path, stage):
     """Losses within 3 %. They fall from 6 to under 3 meanwhile, so a wrong step would show."""
     losses, _ = learn(world, ranks, data, tmp_path, 30, zero_stage=stage, optimizer="adamw8bit")
@@ -59,7 +62,10 @@ def test_8_bit_moments_follow_float32_adamw_for_30_steps(world, ranks, data, ref
     assert losses != reference[0]
 
 
-@pytest.mark.parametrize(("stage", "optimizer"), [(0, "adamw"), (1, "adamw8bit"), (2, "adamw"), (3, "adamw8bit")])
+@pytest.mark.parametrize(
+    ("stage", "optimizer"),
+    [(0, "adamw"), (1, "adamw8bit"), pytest.param(2, "adamw", marks=SLOW), pytest.param(3, "adamw8bit", marks=SLOW)],
+)
 def test_bfloat16_without_masters_follows_float32(world, ranks, data, reference, tmp_path, stage, optimizer):
     changes = {"zero_stage": stage, "optimizer": optimizer, "master_weights": "none"}
     losses, _ = learn(world, ranks, data, tmp_path, 30, torch.bfloat16, **changes)
@@ -69,9 +75,9 @@ def test_bfloat16_without_masters_follows_float32(world, ranks, data, reference,
 @pytest.mark.parametrize(
     "places",
     [
-        {"zero_stage": 1, "offload": "cpu"},
-        {"zero_stage": 2, "offload": "cpu"},
-        {"zero_stage": 3, "offload": "cpu"},
+        pytest.param({"zero_stage": 1, "offload": "cpu"}, marks=SLOW),
+        pytest.param({"zero_stage": 2, "offload": "cpu"}, marks=SLOW),
+        pytest.param({"zero_stage": 3, "offload": "cpu"}, marks=SLOW),
         {"zero_stage": 3, "offload": "cpu", "offload_params": "cpu"},
     ],
 )
@@ -95,7 +101,7 @@ def test_state_in_files_changes_no_loss(world, ranks, data, reference, tmp_path,
     assert {"optimizer" in str(path) for path in files} >= {True}
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=SLOW), pytest.param(3, marks=SLOW)])
 def test_8_bit_state_killed_and_resumed_equals_uninterrupted_bit_for_bit(world, ranks, tmp_path, stage):
     changes = {"zero_stage": stage, "optimizer": "adamw8bit", "ema_decay": 0.7}
     train(world, tmp_path / "whole", ranks, **changes)
@@ -112,11 +118,19 @@ def test_8_bit_state_is_not_converted_to_another_stage(world, ranks, tmp_path):
     changes = {"optimizer": "adamw8bit", "checkpoint_steps": 1}
     train(world, tmp_path, ranks, zero_stage=1, **changes)
     (tmp_path / "train.json").unlink()
-    with pytest.raises(StoreError, match="the state of 8 bits in the checkpoint .* cannot be converted"):
+    with pytest.raises(StoreError, match=r"the state of 8 bits in the checkpoint .* cannot be converted"):
         train(world, tmp_path, ranks, zero_stage=2, **changes)
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (1, "bfloat16"), (2, "float32"), (3, "float32")])
+@pytest.mark.parametrize(
+    ("stage", "dtype"),
+    [
+        (0, "float32"),
+        (1, "bfloat16"),
+        pytest.param(2, "float32", marks=SLOW),
+        pytest.param(3, "float32", marks=SLOW),
+    ],
+)
 def test_the_exported_average_by_hand(world, ranks, data, tmp_path, stage, dtype):
     """average = 0.6 average + 0.4 weights after each step, beginning at the base; training goes on from the weights."""
     averaged, expected = {"zero_stage": stage, "ema_decay": 0.6}, None

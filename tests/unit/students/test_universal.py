@@ -4,8 +4,10 @@ import pytest
 import torch
 from student_world import settings
 
+from distill.config_students import Adapter
 from distill.errors import StoreError
 from distill.store import RunFolder
+from students.adapters import attach
 from students.checkpoint import Checkpoints
 from students.data import load_traces
 from students.engine import StudentEngine
@@ -14,8 +16,10 @@ from students.step import LossSettings, StudentStep
 
 pytestmark = pytest.mark.timeout(300)
 
-QUICK = [(0, 3, "float32"), (3, 1, "float32")]  # DeepSpeed's converter is a process of its own and takes its time
-ALL = [(a, b, "float32") for a in range(4) for b in range(4) if a != b] + [(1, 3, "bfloat16"), (3, 2, "bfloat16")]
+QUICK = [(0, 3, "float32")]  # of the others DeepSpeed's converter is a process of its own, which takes its time
+ALL = [(a, b, "float32") for a in range(4) for b in range(4) if a != b] + [
+    (1, 3, "bfloat16"), (3, 2, "bfloat16"), (1, 3, "lora"), (3, 0, "lora"), (0, 2, "lora"),
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -23,9 +27,12 @@ def engines(world, ranks, tmp_path):
     made = []
 
     def make(stage: int, dtype: str) -> StudentEngine:
-        model, _ = load_student(world / "model", getattr(torch, dtype))
+        width = torch.float32 if dtype == "lora" else getattr(torch, dtype)
+        model, _ = load_student(world / "model", width)
+        if dtype == "lora":
+            attach(model, Adapter(kind="lora", rank=4), width, ranks.device, seed=0)
         train = settings(world / "model", zero_stage=stage, weight_decay=0.3, embedding_lr_ratio=0.5).train
-        options = {"dtype": getattr(torch, dtype), "micro_batches": 1, "offload_dir": tmp_path}
+        options = {"dtype": width, "micro_batches": 1, "offload_dir": tmp_path}
         made.append(StudentEngine(StudentStep(model, LossSettings()), train, ranks, **options))
         return made[-1]
 
@@ -48,7 +55,8 @@ def step(engine, data, number):
 def state(engine) -> dict[str, torch.Tensor]:
     """Weights in float32 and both moments, by parameter."""
     found = {f"fp32 {name}": tensor.clone() for name, tensor in engine.whole_weights(torch.float32)}
-    for name, parameter in engine.module.model.named_parameters():
+    trained = {name: each for name, each in engine.module.model.named_parameters() if each.requires_grad}
+    for name, parameter in trained.items():
         found |= {f"{part} {name}": moment(engine, parameter, part).clone() for part in ("exp_avg", "exp_avg_sq")}
     return {name: tensor.view(-1) for name, tensor in found.items()}
 
@@ -89,16 +97,17 @@ def test_another_stage_goes_on_with_the_same_state(engines, data, ranks, tmp_pat
     expected, found = state(first), state(second)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert options(second) == before and len({str(each) for each in before}) >= 2
+    assert options(second) == before and (dtype == "lora" or len({str(each) for each in before}) >= 2)
     for number in range(3, 6):
         step(first, data, number)
         step(second, data, number)
     expected, found = state(first), state(second)
     for name in expected:  # the count of steps is in the bias correction of every update
-        limit = 1e-6 if dtype == "float32" else 2e-5
+        limit = 2e-5 if dtype == "bfloat16" else 1e-6
         assert (found[name] - expected[name]).abs().max() <= limit * max(1.0, expected[name].abs().max()), name
 
 
+@pytest.mark.slow
 def test_what_cannot_be_converted_is_refused_with_a_remedy(engines, data, ranks, tmp_path):
     first, second = engines(1, "float32"), engines(2, "float32")
     checkpoints = Checkpoints(tmp_path / "c", ranks, 2)

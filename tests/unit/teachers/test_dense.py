@@ -1,5 +1,6 @@
 """Dense models over pages: transformers' logits in every family, and the samples of the loop over slots."""
 
+import json
 import os
 import subprocess
 import sys
@@ -154,6 +155,22 @@ def test_samples_are_those_of_the_loop_over_slots_whatever_the_rows_pages_and_pr
             assert np.allclose(dists.logsumexp_T, expected.logsumexp_T, atol=1e-4)
 
 
+def test_prompts_prefilled_in_chunks_beside_others_give_the_same_samples(monkeypatch):
+    model, asked = build("qwen2"), requests(9, 2, seed=4)
+    wanted = as_table(generator(model, 6).sample(asked, PARAMS))
+    passes, runner = [], DenseRunner(model)
+    prefill = runner.prefill
+    runner.prefill = lambda ids_T, positions_T, segments, *rest: (
+        passes.append([(one.count, one.past) for one in segments]) or prefill(ids_T, positions_T, segments, *rest)
+    )
+    monkeypatch.setattr("teachers.scheduler.PREFILL_TOKENS", 11)
+    for tokens, page in ((None, 4), (130, 8)):
+        paged = PagedGenerator(runner, 6, STOPS, cache_tokens=tokens, page_tokens=page)
+        assert as_table(paged.sample(asked, PARAMS)) == wanted
+    together = [segments for segments in passes if len({past for _, past in segments}) > 1]
+    assert together and max(count for segments in passes for count, _ in segments) <= 11
+
+
 def test_samples_of_one_prompt_hold_its_full_pages_together():
     ids = tuple(range(40, 61))  # 5 full pages of 4 and one token
     asked = [type(r)(r.key, i, ids, r.seed) for i, r in enumerate(requests(1, 6))]
@@ -193,12 +210,17 @@ def test_what_cannot_run_here_is_said():
     assert "sliding_attention" in reason(qwen2, **windows)
 
 
-@pytest.mark.parametrize("name", ["student-qwen", "student-llama"])
-def test_a_bundled_student_answers_the_same_over_pages_and_as_its_weights_are_now(name):
+def bundled(name: str):
+    """(model, tokenizer, requests, how to draw) of a bundled student."""
     model, tokenizer = load_student(str(BUNDLED / name), torch.float32, packed=False)
     prompts = [tuple(render_prompt(tokenizer, f"What is {i} plus {i}?")) for i in range(6)]
     asked = [SampleRequest(str(i), j, ids, 10 * i + j) for i, ids in enumerate(prompts) for j in range(4)]
-    params = SamplingParams(1.0, 1.0, 0, 24)
+    return model, tokenizer, asked, SamplingParams(1.0, 1.0, 0, 24)
+
+
+@pytest.mark.parametrize("name", ["student-qwen", "student-llama"])
+def test_a_bundled_student_answers_the_same_over_pages_and_as_its_weights_are_now(name):
+    model, tokenizer, asked, params = bundled(name)
     faster = lambda model, ids, rows, stops: PagedGenerator(DenseRunner(model, ids), rows, stops, page_tokens=8)  # noqa: E731
     over_pages, over_slots = (Rollout(model, tokenizer, "cpu", 8, **how) for how in ({"faster": faster}, {}))
     before = as_table(over_pages.sample(asked, params))
@@ -218,6 +240,19 @@ def test_each_family_gets_its_runner_and_a_cpu_the_loop_over_slots():
         assert type(runner_of(model, 600)) is kind and runner_of(model, 600).vocab_size == 600
         assert paged_loop(model, 600, 8, STOPS) is None
     assert runner_of(llama(head_dim=20), 600) is None
+
+
+@pytest.mark.slow
+def test_two_ranks_with_half_the_heads_say_what_the_whole_model_says(tmp_path):
+    names = ["qwen2", "qwen3-biases", "llama3-tied", "llama-biases", "llama-head-each"]
+    for name in names:
+        build(name).save_pretrained(tmp_path / name)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(Path(__file__).with_name("launch_dense.py")), *(str(tmp_path / name) for name in names)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"folder"')]
+    assert done.returncode == 0 and [each["folder"] for each in found] == names, done.stderr
+    assert all(max(each["gaps"]) < 1e-4 for each in found), found
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
@@ -244,6 +279,21 @@ def test_on_a_gpu_in_fp32_samples_equal_those_of_the_cpu(name):
         for cell in same:
             assert np.allclose(found[cell].dists.logsumexp_T, wanted[cell].dists.logsumexp_T, atol=1e-2)
             assert found[cell].finish_reason == wanted[cell].finish_reason
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["student-qwen", "student-llama"])
+def test_on_a_gpu_a_bundled_student_answers_as_on_a_cpu_and_its_model_still_runs(name):
+    model, tokenizer, asked, params = bundled(name)
+    ids_T = torch.tensor(asked[0].prompt_ids)
+    expected, wanted_TV = as_table(Rollout(model, tokenizer, "cpu", 8).sample(asked, params)), reference(model, ids_T)
+    rollout = Rollout(model, tokenizer, "cuda", 8, faster=paged_loop)
+    assert isinstance(rollout._generator, PagedGenerator)
+    for _ in range(2):
+        found = as_table(rollout.sample(asked, params))
+        assert sum(found[cell] == expected[cell] for cell in expected) >= len(asked) - 2  # rounding: a close draw
+        rollout.release()
+    assert (reference(model, ids_T.cuda()).cpu() - wanted_TV).abs().max() < 1e-2
 
 
 @pytest.mark.gpu

@@ -17,7 +17,7 @@ DTYPES = [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16]
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
 
-from teachers.kernels import elementwise, moe, route  # noqa: E402
+from teachers.kernels import elementwise, moe, peers, route  # noqa: E402
 
 ROUTER = {"top_k": 3, "groups": 2, "top_groups": 1, "normed": True, "scale": 1.5}
 
@@ -67,3 +67,26 @@ def test_parts_of_the_experts_add_up_to_all_of_them(dtype, tokens):
     whole, parts = answers(range(16)), [answers(part) for part in (range(6), range(6, 7), range(7, 16))]
     assert (sum(parts) - whole).norm() < (1e-5 if dtype == torch.float32 else 1e-2) * whole.norm()
     assert tokens < 40 or all(part.norm() > 0 for part in parts)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [64, 2048, 2500])
+def test_shares_that_write_into_each_others_memory_find_all_tokens_and_all_answers(dtype, size):
+    shares, rows, experts = 3, 5, 4
+    x = [torch.randn(rows, size).to(DEVICE, dtype) for _ in range(shares)]
+    new = lambda *shape: [torch.full(shape, torch.nan, dtype=dtype, device=DEVICE) for _ in range(shares)]  # noqa: E731
+    where = lambda buffers: torch.tensor([b.data_ptr() for b in buffers], dtype=torch.int64, device=DEVICE)  # noqa: E731
+    tokens, answers = new(shares * rows, size), new(rows, shares, size)
+    for share in range(shares):
+        peers.push(x[share], where(tokens), share)
+    assert all(torch.equal(each, torch.cat(x)) for each in tokens)
+
+    outputs = [torch.randn(shares * rows, 2, size).to(DEVICE, dtype) for _ in range(shares)]
+    chosen = torch.randint(0, experts + 2, (shares, shares * rows, 2), dtype=torch.int32, device=DEVICE)
+    for share in range(shares):
+        peers.answer(outputs[share], chosen[share], experts, where(answers), share)
+    for share in range(shares):
+        for other in range(shares):
+            mine = slice(share * rows, (share + 1) * rows)
+            wanted = plain.combine(outputs[other][mine], chosen[other][mine], experts)
+            assert torch.allclose(answers[share][:, other], wanted, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6)

@@ -13,6 +13,7 @@ from distill.client import ServiceTeacher
 from distill.config import load_config
 from distill.dist import Ranks
 from distill.errors import ServiceError
+from distill.logit_cache import CacheReader
 from distill.pipeline import connect
 from distill.records import CaptureSpec, Prompt, SampleRequest, SamplingParams
 from distill.split import Split
@@ -102,12 +103,17 @@ def traces(config, name: str, engine) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for s in stages for file in s.path.iterdir() if file.suffix != ".json"}
 
 
-def test_a_traces_stage_through_the_service_writes_the_same_bytes(single, tmp_path):
-    config = small_config(tmp_path)
+@pytest.mark.parametrize("capture", [{}, {"k_max": 2, "tail_bound": 0.0, "tail_draws": 3}])
+def test_a_traces_stage_through_the_service_writes_the_same_bytes(single, tmp_path, capture):
+    config = small_config(tmp_path, capture=capture)
     wanted = traces(config, "in-process", single)
     assert sorted(wanted) == [f"traces-0000{i}.{kind}" for i in range(3) for kind in ("cache", "parquet")]
+    with CacheReader(next((tmp_path / "runs" / "in-process").rglob("*.cache"))) as cache:
+        dists = cache[cache.keys()[0]]
+        assert cache.header.tail_draws == config.teacher.capture.tail_draws
+        assert (dists.tail_T == 0).all() == bool(capture)  # what is not stored is drawn, or it has a mass
     with serving(single) as world:
-        client = connect(small_config(tmp_path, url=world.url))
+        client = connect(small_config(tmp_path, url=world.url, capture=capture))
         assert traces(config, "service", client) == wanted
         client.close()
 
