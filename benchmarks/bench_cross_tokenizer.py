@@ -127,13 +127,13 @@ def run_all(first: dict[int | None, tuple], jobs: list[tuple], devices: list[str
 
 
 def load(folder: Path, student: str, method: str, seeds: list[int]) -> list[dict]:
-    """What was measured, by seed; nothing while a seed is missing."""
+    """What was measured of these seeds, as far as it is finished."""
     paths = [folder / f"{method}-{student}-{seed}.json" for seed in seeds]
-    return [json.loads(path.read_text()) for path in paths] if all(path.exists() for path in paths) else []
+    return [json.loads(path.read_text()) for path in paths if path.exists()]
 
 
 def rows_of(folder: Path, seeds: list[int], students: list[str], methods: list[str]) -> list[dict]:
-    """The figures of every method that all seeds are finished of."""
+    """The figures of every method that all seeds are finished of; of others the finished seeds one by one."""
     from benchmarks.cross_losses import PEERS
     from benchmarks.cross_train import METHODS
     from distill.evals import stats
@@ -144,8 +144,10 @@ def rows_of(folder: Path, seeds: list[int], students: list[str], methods: list[s
     for student in students:
         base_PK = np.concatenate([np.array(r["right_PK"]) for r in load(folder, student, "base", seeds)], 1)
         for method in ("base", *(m for m in METHODS[student] if m in methods)):
-            if not (found := load(folder, student, method, seeds)):
+            found = load(folder, student, method, seeds)
+            if len(found) < len(seeds):
                 print(f"{method}/{student} is not finished: run again to go on")
+                rows += single_seeds(folder, student, method, seeds, teacher_PK.mean(), base_PK.mean())
                 continue
             right = [np.array(each["right_PK"]) for each in found]
             rows += figures(f"{method}/{student}", found, np.concatenate(right, 1))
@@ -164,6 +166,18 @@ def rows_of(folder: Path, seeds: list[int], students: list[str], methods: list[s
             error = float(np.std(each, ddof=1) / len(each) ** 0.5)
             rows.append(row(f"{name}/seed_error", error, "share of the gap"))
     return rows + closest(rows)
+
+
+def single_seeds(folder: Path, student: str, method: str, seeds: list[int], teacher: float, base: float) -> list[dict]:
+    """The finished seeds of a method that lacks some."""
+    rows = []
+    for seed in seeds:
+        for each in load(folder, student, method, [seed]):
+            right = float(np.mean(each["right_PK"]))
+            gap, bits = (right - base) / (teacher - base), each["bits_per_byte"]["value"]
+            rows.append(row(f"gap_recovered/{method}/{student}/seed{seed}", float(gap), "share of the gap", peer=True))
+            rows.append(row(f"bits_per_byte/{method}/{student}/seed{seed}", bits, "bits per byte", peer=True))
+    return rows
 
 
 def closest(rows: list[dict]) -> list[dict]:

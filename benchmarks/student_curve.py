@@ -2,7 +2,8 @@
 same rows: ZeRO-3 on one GPU and on N, and each row shared by N (Ulysses).
 
 Two curves never agree to the last bit. What rounding alone does is measured beside them: the same run on one GPU with
-its micro-batches in another order, and the same run in float32.
+its micro-batches in another order, whose gap, doubled, is what the others may have; and the same run in float32, which
+strays further, for it rounds nothing.
 """
 
 import argparse
@@ -34,7 +35,7 @@ def rows(gpus: int) -> list[dict]:
         return max(abs(a - b) for a, b in zip(losses, one["plain"], strict=True))
 
     noise = {name: gap(one[name]) for name in ("reordered", "float32")}
-    goal = f"<= {max(noise.values()):.4g}"
+    goal = f"<= {2 * noise['reordered']:.4g}"
     print(f"loss {one['plain'][0]:.4f} -> {one['plain'][-1]:.4f}", flush=True)
     return [
         *(row(f"curve/1gpu-{name}", value, "nats") for name, value in noise.items()),

@@ -70,6 +70,9 @@ class General(Section):
     share: float = setting(
         0.1, "of the tokens of an epoch; data is repeated or left out to meet it", gt=0, lt=1, use="Use 0.1."
     )
+    weight: float = setting(
+        1.0, "of its tokens' loss beside that of a trace's; more holds on to the base harder", gt=0, le=100
+    )
     loss: Literal["kl_to_base", "ce"] = setting("kl_to_base", "what the student learns from the data")
     temperature: float = setting(1.0, "of the base's answers", ge=0, use="Use 1.0, or 0 for greedy answers.")
     max_new_tokens: Int = setting(512, "budget of an answer of the base", unit="tokens", ge=1)

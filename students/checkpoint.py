@@ -62,7 +62,7 @@ class Checkpoints:
             with files.disk_errors(self.folder):
                 write = engine.snapshot(self.folder, self._temporary.name)
         except DistillError as error:
-            self._error = error
+            self._tell(error)
         else:
             # Not a daemon: a process that ends for another reason still completes the checkpoint.
             self._thread = Thread(target=self._write, args=(write, final, {**state, "step": step}), name="checkpoint")
@@ -91,9 +91,11 @@ class Checkpoints:
                     _wait_for_marks(self._temporary, self._ranks.world)
                     self._complete(self._temporary, final, state)
         except Exception as error:
-            told = error if isinstance(error, DistillError) else DistillError(f"a checkpoint failed: {error!r}")
-            self._error = told
-            _mark(self._temporary, self._ranks.rank, str(told))
+            self._tell(error if isinstance(error, DistillError) else DistillError(f"a checkpoint failed: {error!r}"))
+
+    def _tell(self, error: DistillError) -> None:
+        self._error = error
+        _mark(self._temporary, self._ranks.rank, str(error))
 
     def _complete(self, temporary: Path, final: Path, state: dict) -> None:
         for mark in temporary.glob("rank-*.written"):

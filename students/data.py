@@ -87,8 +87,8 @@ class Batch:
 
     input_ids_N, position_ids_N: int64. seq_lens: tokens of each trace. trained_M: int64 positions in the sequence whose
     hidden state predicts labels_M. targets: what the teacher would have said at these positions, or None. keys: the
-    traces, in order. In a mixture (mixture.py) also set_M: int64, the set of each, and alpha_M: the weight of its
-    divergence, which stays on the CPU.
+    traces, in order. In a mixture (mixture.py) also set_M: int64, the set of each, weight_M: what its loss
+    counts for, and alpha_M: the weight of its divergence in that, which stays on the CPU.
     """
 
     input_ids_N: torch.Tensor
@@ -100,10 +100,12 @@ class Batch:
     keys: list[str]
     set_M: torch.Tensor | None = None
     alpha_M: torch.Tensor | None = None
+    weight_M: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        names = ["input_ids_N", "position_ids_N", "trained_M", "labels_M"] + ["set_M"] * (self.set_M is not None)
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        names = ("input_ids_N", "position_ids_N", "trained_M", "labels_M", "set_M", "weight_M")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        moved = {name: value.to(device, non_blocking=True) for name, value in given.items()}
         return replace(self, **moved, targets=self.targets and self.targets.to(device))
 
 

@@ -31,8 +31,8 @@ class MovingAverage:
 
     def update(self, parts: Parts) -> None:
         """Takes the weights as they are after a step into the average."""
-        wide = [parts[name].detach().float() for name in self._average]
-        torch._foreach_lerp_(list(self._average.values()), wide, 1 - self.decay)
+        for name, average in self._average.items():
+            average.lerp_(parts[name].detach().float(), 1 - self.decay)
 
     @contextmanager
     def in_place_of(self, parts: Parts) -> Iterator[None]:

@@ -8,6 +8,7 @@ their number before the backward pass to undo exactly that, and its division by 
 import gc
 import logging
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -46,13 +47,14 @@ class StudentEngine:
         offload_dir: Path,
     ):
         """micro_batches: the most that one step has on a rank. dtype: of the weights in forward and backward; bfloat16
-        keeps float32 master weights. offload_dir: used with train.offload nvme alone."""
+        keeps float32 masters unless train.master_weights is none. offload_dir: for what is offloaded to NVMe."""
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # DeepSpeed keeps master weights of bfloat16 under ZeRO only; with one rank stage 1 is the same as stage 0.
         self.stage = max(train.zero_stage, optim.lowest_stage(train, dtype))
         self.ranks, self.dtype, self.clip_norm = ranks, dtype, train.clip_norm
+        self._offload_dir = offload_dir
         self._masters, self._rigid = optim.keeps_masters(train, dtype), optim.rigid_state(train, dtype)
         module.row_ranks = row_ranks(ranks, train.sequence_parallel, module.model.config)
         self.data_rank, self.data_ranks = (n // train.sequence_parallel for n in (ranks.rank, ranks.world))
@@ -62,7 +64,9 @@ class StudentEngine:
         config = deepspeed_config(train, self.stage, dtype, micro_batches, places)
         if self.stage == 3 and train.offload_params != "nvme":  # which has buffers for a few weights at a time alone
             layer_elements = gather_whole_layers(module.model)
-            config["zero_optimization"]["stage3_prefetch_bucket_size"] = layer_elements
+            zero = config["zero_optimization"]
+            zero["stage3_prefetch_bucket_size"] = layer_elements
+            zero["stage3_max_live_parameters"] = max(3 * layer_elements, 10**9)  # room for the next layer of a 70B
         module = module.to(ranks.device)
         self._frozen = any(not parameter.requires_grad for parameter in module.parameters())
         if self._frozen:
@@ -211,6 +215,8 @@ class StudentEngine:
         self._engine.destroy()
         self._engine = None
         gc.collect()
+        self.ranks.barrier()
+        shutil.rmtree(self._offload_dir, ignore_errors=True)  # which the ranks of a host share
         if self.ranks.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -27,7 +27,7 @@ from students.data import Example, TraceData, fit
 from students.rollout import Rollout
 
 NAME = "general"
-SHARD_ROWS = 1024
+SHARD_ROWS = 256
 _MAX_DRAWS = 50  # draws per wanted question before a kind counts as exhausted
 
 

@@ -16,6 +16,7 @@ from distill.config_geometry import Geometry
 from distill.errors import DataError
 from distill.geometry import train_flops
 from distill.losses.metrics import LossMetrics
+from students.mixture import Mixture
 from students.packing import StepPlan, TrainPlan
 
 WINDOW_STEPS = 64  # that a loss is compared with
@@ -50,13 +51,13 @@ def means(sums: Sums, trained_tokens: int, has_teacher: bool) -> dict[str, float
     return {**common, **teacher, "teacher_share": found["teacher_tokens"] / found["tokens"]}
 
 
-def by_set(sums: Sums, names: list[str], set_of: list[int], trained: list[int], step: StepPlan) -> dict[str, float]:
-    """loss/<set>: the loss of a mixture's set per trained token of that set, for each set in this step."""
-    tokens = [0] * len(names)
+def by_set(sums: Sums, data: Mixture, step: StepPlan) -> dict[str, float]:
+    """loss/<set>: the unweighted loss of a mixture's set per trained token of that set, for each set in this step."""
+    tokens = [0.0] * len(data.parts)
     for i in (i for row in step.rows for i in row):
-        tokens[set_of[i]] += trained[i]
+        tokens[data.set_of[i]] += len(data.examples[i].trained) * data.parts[data.set_of[i]].loss_weight
     scale = step.trained_tokens  # each set's sum was divided by all trained tokens
-    return {f"loss/{n}": loss * scale / t for n, loss, t in zip(names, sums.set_losses, tokens) if t}
+    return {f"loss/{n}": loss * scale / t for n, loss, t in zip(data.names, sums.set_losses, tokens) if t}
 
 
 class Spikes:

@@ -1,6 +1,7 @@
 """Several sets of examples trained on together: the run's own traces, those of other runs, general data.
 
-A set has a weight, the passes over it in an epoch, and an alpha, the weight of the divergence in its tokens' loss.
+A set has a weight, the passes over it in an epoch, an alpha, the weight of the divergence in its tokens' loss, and a
+weight of that loss.
 Tokens of all sets may share a row; each token knows its set, so that the loss can be told by set.
 
 Shape legend: M trained positions of a micro-batch, K support, G outcomes.
@@ -22,12 +23,14 @@ from students.data import Batch, Example, TraceData, assemble
 
 @dataclass(frozen=True)
 class Part:
-    """One set of a mixture. weight: passes over it in an epoch. alpha: 0 trains its tokens on the text alone."""
+    """One set of a mixture. weight: passes over it in an epoch. alpha: 0 trains its tokens on the text alone.
+    loss_weight: what each of its tokens counts for in the loss."""
 
     name: str
     data: TraceData
     weight: float = 1.0
     alpha: float = 0.0
+    loss_weight: float = 1.0
 
 
 class Mixture:
@@ -69,13 +72,15 @@ class Mixture:
         members = [i for row in rows for i in row]
         if not members:
             empty = self.parts[0].data.collate([], vocab_rows)
-            return replace(empty, set_M=torch.zeros(1, dtype=torch.int64), alpha_M=torch.zeros(1))
+            zero = torch.zeros(1, dtype=torch.int64)
+            return replace(empty, set_M=zero, alpha_M=torch.zeros(1), weight_M=torch.ones(1))
         examples = [self.examples[i] for i in members]
         tokens = torch.tensor([len(example.trained) for example in examples])
         set_M = torch.tensor([self.set_of[i] for i in members]).repeat_interleave(tokens)
         alpha_M = torch.tensor([part.alpha for part in self.parts])[set_M]
+        weight_M = torch.tensor([part.loss_weight for part in self.parts])[set_M]
         batch = assemble(examples, self._targets(members, examples, set_M, vocab_rows))
-        return replace(batch, set_M=set_M, alpha_M=alpha_M)
+        return replace(batch, set_M=set_M, alpha_M=alpha_M, weight_M=weight_M)
 
     def _targets(
         self, members: list[int], examples: list[Example], set_M: torch.Tensor, vocab_rows: int

@@ -60,7 +60,7 @@ class Preparation:
         )
         parts = [Part(TRACES, own, 1.0, alpha)]
         for each in train.trace_sets:
-            parts.append(Part(each.name, self._of_run(each), each.weight, alpha))
+            parts.append(Part(each.name, self._of_run(each, held_out), each.weight, alpha))
         if train.general is not None:
             parts.append(self._general(train.general, sum(sum(p.data.lengths) * p.weight for p in parts)))
         data = Mixture(parts)
@@ -97,14 +97,18 @@ class Preparation:
             leave_out=leave_out,
         )
 
-    def _of_run(self, each: TraceSet) -> TraceData:
+    def _of_run(self, each: TraceSet, held_out: TraceData | None) -> TraceData:
+        """That run's kept traces, without those of prompts that are evaluated on here, at the end or on the way."""
         run = run_of(each)
         traces = run.stage("traces")
         teacher = traces.manifest["spec"].get("teacher", {})
-        asked = {normalised(prompt.text) for prompt in self.asked}  # that run kept apart what IT evaluates, no more
-        return self._traces(
-            traces, run.stage("logits"), teacher.get("path"), lambda prompt: normalised(prompt.text) in asked
-        )
+        texts = {normalised(prompt.text) for prompt in self.asked}
+        keys = {example.key.split("/")[0] for example in held_out.examples} if held_out else set()
+
+        def asked(prompt: Prompt) -> bool:
+            return prompt.key in keys or normalised(prompt.text) in texts
+
+        return self._traces(traces, run.stage("logits"), teacher.get("path"), asked)
 
     def _general(self, settings: General, trace_tokens: float) -> Part:
         """So many passes over the general data in an epoch that it makes up its share of the tokens."""
@@ -115,7 +119,7 @@ class Preparation:
         needed, base = wanted * train.epochs, settings.loss == "kl_to_base"
         caches = self._captured(settings, rows, needed) if base else None
         data = rows.load(needed, caches)
-        return Part(general.NAME, data, wanted / sum(data.lengths), 1.0 if base else 0.0)
+        return Part(general.NAME, data, wanted / sum(data.lengths), 1.0 if base else 0.0, settings.weight)
 
     def _captured(self, settings: General, rows: general.GeneralRows, needed: float) -> dict[str, CacheReader]:
         seed, base = self.config.run.seed, fingerprint_checkpoint(self.student.path)
@@ -123,7 +127,7 @@ class Preparation:
         spec = CaptureSpec(capture.k_max, capture.tail_bound)
         folder = StageFolder(self.stage.run, "train", f"{self.student.name}/{general.NAME}")
         spec_of_stage = {
-            "general": settings.model_dump(mode="json", exclude={"share", "loss"}),
+            "general": settings.model_dump(mode="json", exclude={"share", "loss", "weight"}),
             "capture": [spec.k_max, spec.tail_bound],
             "train": {"max_seq_tokens": rows.max_seq_tokens, "too_long": rows.too_long},
             "seed": seed,

@@ -74,7 +74,7 @@ class StudentStep(nn.Module):
         }
         if batch.set_M is not None:
             zeros_S = torch.zeros(self.sets, dtype=torch.float64, device=hidden_MH.device)
-            loss |= {"set_N": batch.set_M, "set_losses_S": zeros_S}
+            loss |= {"set_N": batch.set_M, "set_losses_S": zeros_S, "weights_N": batch.weight_M}
         return self.model.lm_head(hidden_MH, loss)
 
     def hidden(self, batch: Batch) -> torch.Tensor:

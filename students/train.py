@@ -200,7 +200,7 @@ class StudentRun:
             "epoch": self.plan.epochs_done(number + 1),
             "loss": loss,
             **metrics.means(sums, step.trained_tokens, self.data.has_teacher),
-            **metrics.by_set(sums, self.data.names, self.data.set_of, self.plan.trained, step),
+            **metrics.by_set(sums, self.data, step),
             "lr": lr,
             "grad_norm": norm,
             "tokens": self.trained_tokens,

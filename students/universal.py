@@ -9,6 +9,7 @@ DeepSpeed converts what ZeRO 1 to 3 wrote, and loads it into any of them. Left t
   the count of steps is lost or shared between the groups: both are set here.
 """
 
+import logging
 import os
 import subprocess
 import sys
@@ -89,10 +90,12 @@ def load(engine: Any, names: list[str], folder: Path, stages: tuple[int, int], s
         if source == 3 and target < 3:
             _give_shapes(engine, names, folder)
         engine._config.load_universal_checkpoint = True
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns that tensor parallelism is not used
         try:
             engine.load_checkpoint(str(folder.parent), tag=folder.name)
         finally:
             engine._config.load_universal_checkpoint = False
+            logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     _set_steps(_inner(engine.optimizer), steps)
 
 

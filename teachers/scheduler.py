@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from torch import Tensor
 
-from distill.errors import CapacityError, ModelError
+from distill.errors import CapacityError
 from distill.generate import FLUSH_STEPS, REFILL_SHARE, Generator, Row
 from distill.row_settings import StopTexts
 from distill.sampling import Support
@@ -25,7 +25,7 @@ from distill.step_log import Drawn as Told
 from distill.step_log import StepLog
 from teachers.paged import PagePool
 from teachers.runner import Segment
-from teachers.running import Prompt, Running
+from teachers.running import Prompt, Running, keep
 from teachers.steps import Drawn, Steps, rows_of
 from teachers.transfer import to_device
 
@@ -338,25 +338,10 @@ class PagedRows:
         alive = [a for a, running in enumerate(drawing) if not running.closed]
         if not alive:  # all of them drew a token after their last one, or were cancelled
             return
-        self._log([drawing[a] for a in alive], token_A[alive], rows_of(support, alive, len(drawing)))
+        keep(self.log, [drawing[a] for a in alive], token_A[alive], rows_of(support, alive, len(drawing)))
         ended = [self._ended(drawing[a], int(token_A[a])) for a in alive]
         if any(ended):
             self._drop_finished()
-
-    def _log(self, drawing: list[Running], token_A: np.ndarray, support: Support | None) -> None:
-        if support is not None and not support.logsumexp_A.isfinite().all():
-            raise ModelError(
-                "the model's logits are not finite numbers",
-                where=f"prompt {drawing[0].row.request.key} or one drawn beside it",
-                remedy="Check the checkpoint: a damaged or wrongly converted weight does this.",
-            )
-        owner_A, token_A = np.array([running.owner for running in drawing]), token_A.astype(np.int64)
-        captured = [a for a, running in enumerate(drawing) if running.row.capture]
-        if captured:
-            self.log.add(owner_A[captured], token_A[captured], rows_of(support, captured, len(drawing)))
-        if len(captured) < len(drawing):
-            bare = [a for a, running in enumerate(drawing) if not running.row.capture]
-            self.log.add(owner_A[bare], token_A[bare], None)
 
     def _ended(self, running: Running, token: int) -> bool:
         """Takes in one token that was read; whether the row ends with it."""

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from teachers import plain
 from teachers.kernels.chip import is_roomy
-from teachers.kernels.mla import Tiles, join
+from teachers.kernels.mla import MOST_SPLITS, Tiles, join
 
 TILES = Tiles(block_n=64, num_warps=4, num_stages=3, programs=528)  # measured on an H100, as what follows
 SMALL_TILES = Tiles(block_n=32, num_warps=4, num_stages=3, programs=432)  # where there is less shared memory
 CROWDED_N = 32  # tokens of a tile where rows alone fill the device: more programs at once hide each other's waits
-MOST_SPLITS = 32
 GROUP = 16  # query heads in a product, at least: its short side
 
 
@@ -39,8 +38,8 @@ def _attend(
     each = tl.cdiv(tiles, SPLITS)
     start, stop = split * each, tl.minimum(split * each + each, tiles)
 
-    at = query + row * query_stride + h[:, None] * D + d[None, :]
-    query_GD = tl.load(at, mask=mine[:, None] & (d < D)[None, :], other=0.0)
+    source = query + row * query_stride + h[:, None] * D + d[None, :]
+    query_GD = tl.load(source, mask=mine[:, None] & (d < D)[None, :], other=0.0)
     query_DG = tl.trans(query_GD)
     best_G = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total_G = tl.zeros([BLOCK_G], tl.float32)

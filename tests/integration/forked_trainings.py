@@ -5,6 +5,7 @@ Run as a program it reads one request a line and answers each with one line, bot
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -30,7 +31,10 @@ class Stop:
 
 @dataclass(frozen=True)
 class Request:
-    """One launch: `ranks` processes that train the student of `world` into `out`, its export cut at `shard_bytes`."""
+    """One launch: `ranks` processes that train the student of `world` into `out`, its export cut at `shard_bytes`.
+
+    small_disk: a rank for which a file ends after 60,000 bytes.
+    """
 
     world: str
     out: str
@@ -38,6 +42,7 @@ class Request:
     train: dict = field(default_factory=dict)
     kind: str = "logits"
     shard_bytes: int | None = None
+    small_disk: int | None = None
     stop: Stop | None = None
 
 
@@ -133,6 +138,8 @@ def fork(request: Request, rank: int, port: str) -> int:
         os.dup2(said, 2)
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": request.ranks, "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"})
+        if rank == request.small_disk:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
         train(request)
         status = 0
     except SystemExit as end:

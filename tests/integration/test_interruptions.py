@@ -67,6 +67,19 @@ def test_stopped_again_and_again_it_ends_in_the_same_bits(trainings, world, whol
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_cannot_write_its_part_ends_all_with_the_reason(trainings, world, whole, tmp_path, rank):
+    settings = settings_for(2, FEW)
+    ended = trainings(world, tmp_path, ranks=2, train=settings, small_disk=rank)
+    assert 0 not in ended.statuses and -signal.SIGKILL not in ended.statuses
+    assert "a file could not be written to its end" in ended.said, ended.said[-3000:]
+    assert ended.wall_s < 120
+    assert not list(tmp_path.glob("checkpoints/step-*")) and not list(tmp_path.rglob("*.tmp-*"))
+    trainings(world, tmp_path, ranks=2, train=settings).ok()
+    same_bits(tmp_path, whole(2, FEW))
+
+
+@pytest.mark.slow
 def test_one_killed_rank_of_two_ends_the_other_and_loses_nothing(trainings, world, whole, tmp_path):
     stop = Stop(signal.SIGKILL, steps=4, rank=1)
     settings = settings_for(2, FEW)

@@ -10,11 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.compare_losses import compare, read_log
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]  # the default suite has two ranks in test_train
 
 # (ranks, ZeRO stage, rows of a micro-batch); a step has four rows
-QUICK = [(2, 3, 2)]
-ALL = [each for each in product((1, 2, 4), (1, 2, 3), (1, 2, 4)) if each not in QUICK]
+SPLITS = list(product((1, 2, 4), (1, 2, 3), (1, 2, 4)))
 SHARED_ROWS = [(2, 1, 2, 1), (2, 3, 2, 2), (4, 2, 2, 1)]  # and ranks that share a row
 
 
@@ -26,15 +25,12 @@ def expected(trainings, world, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize(
-    ("ranks", "stage", "rows"), [*QUICK, *(pytest.param(*each, marks=pytest.mark.slow) for each in ALL)]
-)
+@pytest.mark.parametrize(("ranks", "stage", "rows"), SPLITS)
 def test_losses_are_the_same_for_any_ranks_stage_and_split(trainings, world, expected, tmp_path, ranks, stage, rows):
     trainings(world, tmp_path, ranks=ranks, train={"zero_stage": stage, "micro_batch_tokens": 96 * rows}).ok()
     same_losses(tmp_path, expected)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "stage", "sharing", "rows"), SHARED_ROWS)
 def test_losses_are_the_same_when_ranks_share_rows(trainings, world, expected, tmp_path, ranks, stage, sharing, rows):
     changes = {"zero_stage": stage, "micro_batch_tokens": 96 * rows, "sequence_parallel": sharing}
@@ -42,7 +38,6 @@ def test_losses_are_the_same_when_ranks_share_rows(trainings, world, expected, t
     same_losses(tmp_path, expected)
 
 
-@pytest.mark.slow
 def test_two_ranks_export_in_shards_what_one_exports_in_one_file(trainings, world, expected, tmp_path):
     trainings(world, tmp_path, ranks=2, train={"zero_stage": 3, "micro_batch_tokens": 192}, shard_bytes=20_000).ok()
     index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())

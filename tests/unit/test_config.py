@@ -314,11 +314,32 @@ def test_describe_names_every_setting_with_its_unit_and_bounds():
         assert info.description or path.endswith(".kind"), path
 
 
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["teacher.speculative=eagle"], "teacher.speculative"),
+        (["teacher.url=http://localhost:8000"], "its service draws as it was started"),
+        (["teacher.tensor_parallel=2", "hardware.gpus=2"], "whole model"),
+        (["teacher.tensor_parallel=auto", "teacher.expert_parallel=auto"], "whole model"),
+    ],
+)
+def test_speculative_decoding_is_for_whole_models_here(valid, overrides, told):
+    assert load_config(valid).teacher.speculative is None
+    assert load_config(valid, ["teacher.speculative=mtp"]).teacher.speculative == "mtp"
+    assert told in errors(valid, "teacher.speculative=mtp", *overrides)
+
+
 # --- What a stage depends on ------------------------------------------------------------------------------------------
 
 SPEED = ["teacher.batch_size=3", "hardware.gpus=4", "hardware.price_per_device_hour=2.0", "tracking.wandb=disabled"]
 SPEED += ["train.micro_batch_tokens=8192", "train.checkpoint_steps=7", "train.zero_stage=2", "eval.batch_size=9"]
-SPEED += ["train.activation_checkpointing=true", "hardware.device=cpu", "run.dir=elsewhere", "tracking.project=p"]
+SPEED += [
+    "teacher.speculative=mtp",
+    "train.activation_checkpointing=true",
+    "hardware.device=cpu",
+    "run.dir=elsewhere",
+    "tracking.project=p",
+]
 
 
 def specs(config: Config) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -19,8 +20,8 @@ from distill.store import RunFolder
 from distill.tokens import load_tokenizer
 from distill.tracking import Tracker
 from students import metrics, replay
-from students.data import load_traces
-from students.mixture import hold_out
+from students.data import Example, TraceData, load_traces
+from students.mixture import Mixture, Part, hold_out
 from students.packing import StepPlan, TrainPlan
 from students.train import train_student
 
@@ -86,10 +87,14 @@ def test_every_figure_of_a_row_is_a_known_metric_and_steps_wait_for_data(world, 
 
 def test_loss_of_each_set_is_per_token_of_that_set():
     # two sets share a step of 30 trained tokens; their sums were divided by 30
-    step = StepPlan(0, [[0, 1], [2]], 50, 30)
+    step = StepPlan(0, [[0, 2], [1]], 50, 30)
+    a, b, c = ([Example(f"{n}/0", [1], [2] * n, "s", [2] * n) for n in sizes] for sizes in ([12, 8], [10], [7]))
+    parts = [
+        Part(n, TraceData(d, None, Counter()), loss_weight=w) for n, d, w in (("a", a, 1), ("b", b, 2), ("c", c, 1))
+    ]
     sums = metrics.Sums(LossMetrics.zeros(), [0.5, 0.25, 0.0])
-    found = metrics.by_set(sums, ["a", "b", "c"], [0, 1, 0], [12, 10, 8], step)
-    assert found == {"loss/a": pytest.approx(0.5 * 30 / 20), "loss/b": pytest.approx(0.25 * 30 / 10)}
+    found = metrics.by_set(sums, Mixture(parts), step)
+    assert found == {"loss/a": pytest.approx(0.5 * 30 / 20), "loss/b": pytest.approx(0.25 * 30 / (2 * 10))}
 
 
 def test_tokens_that_were_not_trained_are_noticed():

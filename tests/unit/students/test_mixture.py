@@ -110,12 +110,12 @@ def test_merged_buckets_of_one_token_give_the_loss_of_the_tokens(tokenizer):
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-def mixture(world, second_alpha=1.0):
+def mixture(world, weight=1.0):
     run = RunFolder(world, "run", commit="test")
     tokenizer = load_tokenizer(world / "model")
     own = load_traces(run.stage("traces"), None, tokenizer, 96)
     other = load_traces(run.stage("traces"), run.stage("logits"), tokenizer, 96)
-    return Mixture([Part("traces", own, 1.0, 0.0), Part("other", other, 1.0, second_alpha)])
+    return Mixture([Part("traces", own, 1.0, 0.0), Part("other", other, 1.0, 1.0, weight)])
 
 
 def test_each_token_has_the_loss_of_its_set_and_the_sets_add_up(world):
@@ -148,6 +148,8 @@ def test_each_token_has_the_loss_of_its_set_and_the_sets_add_up(world):
         mass, tail = mass / total[:, None], t.tail_N.double() / total
         expected[1] += (torch.special.xlogy(mass, mass) - mass * logs).sum().item()
         expected[1] += (torch.special.xlogy(tail, tail) - tail * rest).sum().item()
+    heavy = StudentStep(model, LossSettings(), sets=2)(mixture(world, weight=3.0).collate(rows, 400), sum(tokens))
+    assert heavy[0].item() == pytest.approx((expected[0] + 3 * expected[1]) / sum(tokens), rel=2e-5)
     found = sums[-2:].tolist()
     assert found == pytest.approx([e / sum(tokens) for e in expected], rel=2e-5)
     assert loss.item() == pytest.approx(sum(found), rel=1e-6)
@@ -388,6 +390,11 @@ def test_traces_of_another_run_that_the_evaluation_asks_are_left_out(own_world, 
     sets = [{"name": "again", "run": str(own_world / "other" / "run")}]
     counts, *_ = run_mixed(own_world, ranks, "c", epochs=1, trace_sets=sets, asked=asked)
     assert (counts["again_kept"], counts["again_overlapping"]) == (7, 1)
+    # a run's own held-out traces are no more to be learned from another run that has them too
+    sets = [{"name": "same", "run": str(own_world / "twin" / "run")}]
+    make_stages(own_world / "twin", tokenizer, make_traces(tokenizer, 24))
+    counts, *_ = run_mixed(own_world, ranks, "d", epochs=1, eval_traces=4, trace_sets=sets)
+    assert counts["same_overlapping"] == counts["held_out"] >= 4
 
 
 # --- the config ------------------------------------------------------------------------------------------------------

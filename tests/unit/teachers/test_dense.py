@@ -264,6 +264,34 @@ def test_the_kernels_interpreted_equal_float64():
     assert done.returncode == 0 and "4 passed" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_kernels_compile_for_a_gpu_that_is_not_here(capability):
+    """What an interpreter lets pass, a compiler may not: a variable that changes its shape in a loop."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from teachers.kernels import gqa
+
+    def compiled(kernel, types: dict, **constants):
+        types = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+        source = ASTSource(kernel, types, constexprs=constants)
+        return compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+
+    half, whole, real = "*bf16", "*i32", "*fp32"
+    types = {"query": half, "pool": half, "tables": whole, "lengths": whole, "sums": real, "scale": "fp32"}
+    types |= dict.fromkeys(("query_stride", "table_stride", "SPLITS"), "i32")
+    sizes = {"K": 2, "G": 3, "PAGE": 64, "BLOCK_G": 16, "STAGES": 3, "PRECISION": "tf32"}
+    for direct, size, tokens in ((True, 48, 32), (False, 128, 64)):
+        padded = {"D": size, "D2": 1 << (size - 1).bit_length(), "BLOCK_N": tokens}
+        of = types | {"mixed": half if direct else real}
+        assert compiled(gqa._attend, of, **sizes, **padded, DIRECT=direct).asm["cubin"]
+    types = {"heads": half, "norms": half, "pool": half, "positions": whole, "slots": "*i64"}
+    types |= {"cos_table": real, "sin_table": real, "eps": "fp32", "stride": "i32"}
+    sizes = {"H": 6, "K": 2, "D": 48, "HALF2": 32, "HAS_NORMS": True, "HAS_POOL": True, "BLOCK_H": 8}
+    assert compiled(gqa._rotate_heads, types, **sizes).asm["cubin"]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", MODELS)
 def test_on_a_gpu_in_fp32_samples_equal_those_of_the_cpu(name):

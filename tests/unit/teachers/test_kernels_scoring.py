@@ -37,8 +37,10 @@ def hard_logits(vocab: int) -> torch.Tensor:
     return logits.to(DEVICE)
 
 
+@pytest.mark.parametrize("few", [0, 256])
 @pytest.mark.parametrize(("vocab", "k"), VOCABS)
-def test_candidates_are_the_most_likely_and_the_rest_is_all_others(vocab, k):
+def test_candidates_are_the_most_likely_and_the_rest_is_all_others(vocab, k, few, monkeypatch):
+    monkeypatch.setattr(candidates, "FEW", few)  # how many rows are sorted whole
     logits = hard_logits(vocab)
     values, ids, rest, ties = candidates.search(logits, k, candidates.columns_of(vocab, k), with_rest=True)
     wanted = logits.topk(k).values
@@ -52,7 +54,8 @@ def test_candidates_are_the_most_likely_and_the_rest_is_all_others(vocab, k):
 
 
 @pytest.mark.parametrize("spec", [CaptureSpec(64, 1e-3), CaptureSpec(5, 1e-2), CaptureSpec(100, 0.3)])
-def test_capture_without_a_draw_is_the_law_of_distill_sampling(spec):
+def test_capture_without_a_draw_is_the_law_of_distill_sampling(spec, monkeypatch):
+    monkeypatch.setattr(candidates, "FEW", 0)
     logits = hard_logits(9001)[[0, 1, 2, 5, 7]]
     tokens = torch.tensor([5, 17, 150, 7, 9000], dtype=torch.int32, device=DEVICE)
     column = lambda value, dtype: torch.full((5,), value, dtype=dtype, device=DEVICE)  # noqa: E731

@@ -5,11 +5,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from sampling_models import STOPS, VOCAB, deepseek, generator, requests
+from sampling_models import STOPS, VOCAB, deepseek, generator, llama, qwen3, requests
 
 from distill.errors import DataError
 from distill.records import CaptureSpec, SamplingParams, TokenDists
 from distill.sampling import StepLogits, Support, capture_support, draw_tail
+from teachers.dense import DenseRunner
 from teachers.runner import Runner
 from teachers.sampler import PagedGenerator
 from teachers.scoring import Family, Scorer, families
@@ -68,6 +69,14 @@ def test_scores_are_those_of_sequences_alone_and_of_the_loop_over_slots(runner, 
     wanted = generator(deepseek(), 2).score(PAIRS, SPEC)
     for (_, completion), one, other, pair in zip(PAIRS, found, wanted, PAIRS, strict=True):
         assert len(one) == len(completion) and same(one, other) and same(one, Scorer(runner, 8).score([pair], SPEC)[0])
+
+
+@pytest.mark.parametrize("make", [qwen3, llama])
+def test_dense_models_share_alike(make):
+    scorer = Scorer(DenseRunner(make()), 8)
+    for one, other in zip(scorer.score(PAIRS, SPEC), generator(make(), 2).score(PAIRS, SPEC), strict=True):
+        assert same(one, other)
+    assert scorer.shared_tokens == 3 * 89 + 59 + 50
 
 
 def test_shared_tokens_go_through_the_model_once(runner):

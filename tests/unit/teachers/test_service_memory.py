@@ -29,10 +29,6 @@ def test_holes_between_what_is_kept_are_given_back():
         pytest.skip("another C library than glibc keeps its own house")
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
-        ctypes.c_void_p,
-        [ctypes.c_size_t],
-        [ctypes.c_void_p],
-    )
     size, count = 64 << 10, 3000
     blocks = [libc.malloc(size) for _ in range(count)]
     for block in blocks:

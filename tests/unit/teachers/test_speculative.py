@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from fp8_checkpoint import quantised_copy
 from mtp_models import WIDE, add_to, module, spread
 from sampling_models import STOPS, VOCAB, deepseek, requests
 from test_engine import asked, saved
@@ -17,6 +18,7 @@ from teachers.engine import TeacherEngine
 from teachers.mtp import MtpRunner
 from teachers.runner import Runner
 from teachers.sampler import PagedGenerator
+from teachers.service_metrics import COUNTS, Metrics
 from teachers.speculative import SpeculativeGenerator
 
 torch.set_num_threads(1)
@@ -263,6 +265,29 @@ def test_a_checkpoint_with_the_module_draws_with_it(folder):
     pairs = [((5, 6, 7), (8, 9)), ((5, 6, 8), (9,))]
     for one, other in zip(plain.score(pairs, SPEC), guessing.score(pairs, SPEC)):
         assert np.array_equal(one.ids_S, other.ids_S) and np.allclose(one.logprobs_S, other.logprobs_S, atol=1e-4)
+
+
+def test_a_checkpoint_in_fp8_draws_with_its_module(folder, tmp_path):
+    fp8 = quantised_copy(folder, tmp_path / "fp8")
+    plain, guessing = TeacherEngine(fp8, batch_size=6), TeacherEngine(fp8, batch_size=6, speculative="mtp")
+    params = SamplingParams(0.9, 0.95, 0, 12)
+    wanted, found = (table(engine.sample(asked(plain), params, SPEC)) for engine in (plain, guessing))
+    assert_same(found, wanted)
+    ((_, layer),) = guessing._generator.runner.module
+    exact = module(deepseek(**WIDE, vocab_size=1700)).mlp.experts.down_proj
+    error = (layer.experts.down - exact).norm() / exact.norm()
+    assert 0 < error < 0.05  # widened from 8 bits
+
+
+def test_every_count_of_an_engine_is_told_by_a_service(folder):
+    engine = TeacherEngine(folder, batch_size=6, speculative="mtp")
+    list(engine.sample(asked(engine), SamplingParams(0.9, 0.95, 0, 4)))
+    engine.score([(tuple(range(5, 60)), (1,)), (tuple(range(5, 60)), (2,))], SPEC)
+    counts, metrics = engine.counts, Metrics()
+    assert counts["guesses"] > 0 and counts["shared_tokens"] == 54 and counts.keys() <= COUNTS.keys()
+    for name in counts:
+        metrics.watch(name, COUNTS[name], lambda name=name: engine.counts[name])
+    assert f"distill_shared_tokens {54.0}" in metrics.text().decode()
 
 
 def test_weights_of_the_module_are_those_of_the_file(folder):
