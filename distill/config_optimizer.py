@@ -74,10 +74,9 @@ def missing_for_optimizer(config: Config) -> Iterator[DistillError]:
                     f"{tool}",
                     remedy=f"Install {tool}, or use --set train.offload=none.",
                 )
-    if "nvme" in (train.offload, train.offload_params) and not _reads_asynchronously():
+    if train.offload == "nvme" and not _reads_asynchronously():
         yield CapacityError(
-            "train.offload or train.offload_params is nvme, for which DeepSpeed compiles an operator with libaio, but "
-            "that cannot be linked here",
+            "train.offload is nvme, for which DeepSpeed compiles an operator with libaio, but that cannot be linked",
             remedy="Install it (Debian: apt-get install libaio-dev; elsewhere CFLAGS and LDFLAGS may name its folder), "
             "or use cpu.",
         )

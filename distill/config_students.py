@@ -51,7 +51,9 @@ class Train(Section):
     epochs: Int = setting(2, "passes over the traces", unit="epochs", ge=1)
     max_seq_tokens: Int = setting(4096, "length of a packed row, and of the longest trace", unit="tokens", ge=8)
     batch_tokens: Int = setting(65536, "tokens of one optimizer step, over all devices", unit="tokens", ge=8)
-    micro_batch_tokens: Int = setting(4096, "tokens of one forward pass, on a device or all that share a row", unit="tokens", ge=8)
+    micro_batch_tokens: Int = setting(
+        4096, "tokens of one forward pass, on a device or all that share a row", unit="tokens", ge=8
+    )
     lr: float = setting(
         1e-5, "peak learning rate", gt=0, lt=1, use="Use 1e-5 for a large student, 1e-3 for a tiny one."
     )
@@ -72,7 +74,8 @@ class Train(Section):
         1, "devices that share a row, each with a part of its tokens", unit="devices", ge=1
     )
     offload: Literal["none", "cpu", "nvme"] = setting("none", "where optimizer state lives")
-    offload_params: Literal["none", "cpu", "nvme"] = setting("none", "where weights wait that no layer needs now")
+    # No nvme: DeepSpeed 0.19.8 reads weights back into float32 as bfloat16, and runs out of its buffers in bfloat16.
+    offload_params: Literal["none", "cpu"] = setting("none", "where weights wait that no layer needs now")
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = setting(
         "adamw", "8bit: moments of 8 bits; paged: which CUDA moves to the host when the GPU is full"
     )

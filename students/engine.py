@@ -54,15 +54,14 @@ class StudentEngine:
         # DeepSpeed keeps master weights of bfloat16 under ZeRO only; with one rank stage 1 is the same as stage 0.
         self.stage = max(train.zero_stage, optim.lowest_stage(train, dtype))
         self.ranks, self.dtype, self.clip_norm = ranks, dtype, train.clip_norm
-        self._offload_dir = offload_dir
+        self._swapped = offload_dir / "zero_stage_3"  # DeepSpeed's name for what it keeps on NVMe
         self._masters, self._rigid = optim.keeps_masters(train, dtype), optim.rigid_state(train, dtype)
         module.row_ranks = row_ranks(ranks, train.sequence_parallel, module.model.config)
         self.data_rank, self.data_ranks = (n // train.sequence_parallel for n in (ranks.rank, ranks.world))
         prepare_layers(module.model, train, ranks.device)
-        largest = max(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())
-        places = optim.offload_places(train, offload_dir, -(-largest // ranks.world))
+        places = optim.offload_places(train, offload_dir)
         config = deepspeed_config(train, self.stage, dtype, micro_batches, places)
-        if self.stage == 3 and train.offload_params != "nvme":  # which has buffers for a few weights at a time alone
+        if self.stage == 3:
             layer_elements = gather_whole_layers(module.model)
             zero = config["zero_optimization"]
             zero["stage3_prefetch_bucket_size"] = layer_elements
@@ -216,7 +215,7 @@ class StudentEngine:
         self._engine = None
         gc.collect()
         self.ranks.barrier()
-        shutil.rmtree(self._offload_dir, ignore_errors=True)  # which the ranks of a host share
+        shutil.rmtree(self._swapped, ignore_errors=True)  # which the ranks of a host share
         if self.ranks.device.type == "cuda":
             torch.cuda.empty_cache()
 

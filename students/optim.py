@@ -15,7 +15,6 @@ from distill.errors import CapacityError
 from students.sliced_adamw import SlicedAdamW
 
 EPSILON = 1e-8
-NVME_ALIGNED = 4096  # DeepSpeed pads what it writes to multiples of fewer elements
 
 
 def make_optimizer(module: nn.Module, train: Train, dtype: torch.dtype, device: torch.device) -> torch.optim.Optimizer:
@@ -98,19 +97,14 @@ def precision(train: Train, stage: int, dtype: torch.dtype) -> dict:
     }
 
 
-def offload_places(train: Train, folder: Path, largest: int) -> dict:
-    """What the ZeRO section of DeepSpeed's config says of where optimizer state and weights lie.
-
-    folder: for what lies on NVMe. largest: elements of a rank's largest part of a weight, which a buffer must hold.
-    """
+def offload_places(train: Train, folder: Path) -> dict:
+    """What the ZeRO section of DeepSpeed's config says of where optimizer state and weights lie; `folder` is NVMe's."""
     places: dict = {}
     for name, place in (("offload_optimizer", train.offload), ("offload_param", train.offload_params)):
         if place != "none":
             places[name] = {"device": place, "pin_memory": True}
         if place == "nvme":
             places[name]["nvme_path"] = str(folder)
-    if train.offload_params == "nvme":
-        places["offload_param"] |= {"buffer_size": largest + NVME_ALIGNED, "max_in_cpu": 0}
     return places
 
 

@@ -23,9 +23,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def shards_at_load(train: Train, student: Student) -> bool:
-    """Whether this student is loaded in parts. Adapters need whole weights to stand beside, and what waits on NVMe is
-    written by DeepSpeed from whole ones."""
-    return train.zero_stage == 3 and student.adapter is None and train.offload_params != "nvme"
+    """Whether this student is loaded in parts. Adapters need whole weights to stand beside."""
+    return train.zero_stage == 3 and student.adapter is None
 
 
 def load_parts(path: str | Path, dtype: torch.dtype, train: Train) -> PreTrainedModel:

@@ -101,9 +101,9 @@ def random_batch(seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("places", [("nvme", "none"), ("nvme", "cpu"), ("nvme", "nvme"), ("none", "nvme")])
-def test_state_and_weights_in_files_change_no_loss(ranks, tmp_path, places):
-    """Matrices of a MB and more, as DeepSpeed leaves smaller ones in memory."""
+@pytest.mark.parametrize("places", [("nvme", "none"), ("nvme", "cpu")])
+def test_state_in_files_changes_no_loss(ranks, tmp_path, places):
+    """Groups of a MB and more, as DeepSpeed leaves smaller ones in memory."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible(verbose=False):
@@ -122,9 +122,8 @@ def test_state_and_weights_in_files_change_no_loss(ranks, tmp_path, places):
             engine.step(3e-3)
         kinds = {path.relative_to(folder).parts[1] for path in folder.rglob("*.swp") if path.stat().st_size > 1 << 20}
         assert ("optimizer" in kinds) == (offload == "nvme")
-        assert any(kind.endswith("params") for kind in kinds) == (params == "nvme")
         engine.close()
-        assert not folder.exists()
+        assert not list(folder.rglob("*.swp"))
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 

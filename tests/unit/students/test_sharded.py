@@ -62,5 +62,5 @@ def test_what_is_loaded_in_parts(tmp_path):
         return shards_at_load(config.train, config.students[0].model_copy(update={"adapter": adapter}))
 
     assert decided(zero_stage=3) and decided(zero_stage=3, offload_params="cpu")
-    assert not decided(zero_stage=2) and not decided(zero_stage=3, offload_params="nvme")
+    assert not decided(zero_stage=2)
     assert not decided(zero_stage=3, adapter="any")
