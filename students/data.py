@@ -321,7 +321,14 @@ def _encode(trace: Trace, tokenizer: PreTrainedTokenizerFast) -> list[int]:
 
 
 def _drawn_with(traces: StageFolder) -> SamplingParams:
-    sampling = traces.manifest["spec"]["teacher"]["sampling"]
+    try:
+        sampling = traces.manifest["spec"]["teacher"]["sampling"]
+    except KeyError:
+        raise DataError(
+            "the manifest does not say how the traces were drawn, which is what the loss learns",
+            where=f"{traces.path}/manifest.json",
+            remedy="Sample the traces again: --restart traces, or set students.N.loss.target: teacher.",
+        ) from None
     params = SamplingParams(**{name: value for name, value in sampling.items() if name != "n"})
     check_law(params)
     return params

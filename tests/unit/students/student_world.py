@@ -127,10 +127,13 @@ def make_stages(
     *,
     shards: int = 2,
     without: tuple[str, ...] = (),
+    sampling: dict | None = None,
 ) -> tuple[StageFolder, StageFolder]:
-    """Finished 2-traces and 3-logits; the sample keys in `without` have no distributions."""
+    """Finished 2-traces and 3-logits; the sample keys in `without` have no distributions. sampling: as the manifest of
+    the traces says that they were drawn."""
     run = RunFolder(root, "run", commit="test")
-    trace_stage, logit_stage = run.stage("traces").open({}, {}), run.stage("logits").open({}, {})
+    spec = {"teacher": {"sampling": sampling}} if sampling else {}
+    trace_stage, logit_stage = run.stage("traces").open(spec, {}), run.stage("logits").open({}, {})
     for i in range(shards):
         part, name = traces[i::shards], f"traces-{i:05d}"
         trace_stage.write_shard(f"{name}.parquet", lambda path, part=part: write_traces(path, part))

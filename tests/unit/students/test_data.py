@@ -5,6 +5,8 @@ import torch
 from student_world import make_dists, make_stages, make_tokenizer, make_traces
 
 from distill.errors import DataError
+from distill.records import SamplingParams
+from distill.sampling_law import sampling_law
 from distill.tokens import end_id
 from students.data import load_traces
 
@@ -112,3 +114,20 @@ def test_an_empty_share_is_one_token_without_loss(tokenizer, tmp_path):
     data = load_traces(*make_stages(tmp_path, tokenizer, make_traces(tokenizer, 3)), tokenizer, 96)
     batch = data.collate([], 400)
     assert batch.labels_M.tolist() == [-100] and batch.seq_lens == [1] and batch.keys == []
+
+
+def test_the_target_can_be_the_law_that_the_traces_were_drawn_from(tokenizer, tmp_path):
+    traces = make_traces(tokenizer, 3)
+    stages = make_stages(tmp_path, tokenizer, traces, shards=1, sampling={"n": 2, "temperature": 0.5, "top_p": 0.8})
+    own, law = (load_traces(*stages, tokenizer, 96, target=target) for target in ("teacher", "sampling"))
+    assert own.law is None and law.law == SamplingParams(0.5, 0.8)
+    targets = law.collate([[0]], 400).targets
+    wanted = sampling_law(own._dists(own.examples[0]), SamplingParams(0.5, 0.8))
+    assert torch.equal(targets.tail_N, torch.from_numpy(wanted.tail_T))
+    filled = targets.logprobs_NK > -torch.inf
+    assert torch.equal(filled.sum(1), torch.from_numpy(wanted.offsets_T1).diff())
+    assert torch.equal(targets.ids_NK[filled], torch.from_numpy(wanted.ids_S).long())
+    assert torch.equal(targets.logprobs_NK[filled], torch.from_numpy(wanted.logprobs_S))
+    unknown = make_stages(tmp_path / "unknown", tokenizer, traces, shards=1)
+    with pytest.raises(DataError, match="how the traces were drawn"):
+        load_traces(*unknown, tokenizer, 96, target="sampling")
