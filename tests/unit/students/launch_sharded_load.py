@@ -3,10 +3,12 @@ SMALL is another, which is loaded before, so that imports are not counted. Rank 
 parts are the file's numbers, "buffers": whether all buffers are as in a whole model, "bytes": [the memory that each
 rank's load took at most], "whole_bytes": [what a load of the whole model took]}."""
 
+import ctypes
 import json
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,6 +19,8 @@ from distill.config import Train
 from distill.dist import init_ranks
 from students.model import load_student
 from students.sharded import load_parts
+
+M_MMAP_THRESHOLD = -3
 
 
 def own_bytes() -> int:
@@ -55,6 +59,8 @@ def main() -> None:
     folder, small, out = map(Path, sys.argv[1:])
     torch.set_num_threads(1)
     ranks = init_ranks("cpu", timeout_s=120)
+    with suppress(OSError, AttributeError):  # glibc: what is freed leaves the process at once, and is not counted
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
     load_parts(small, torch.float32, Train(zero_stage=3))
     with Highest() as memory:
         model = load_parts(folder, torch.float32, Train(zero_stage=3))
