@@ -19,7 +19,7 @@ import argparse
 import time
 
 import torch
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm, DeepseekV3TopkRouter
 
 from benchmarks.results_file import row, write
@@ -63,18 +63,24 @@ SIZES = {
 
 def build(device: str) -> DeepseekV3ForCausalLM:
     """The model with random weights, made on the device."""
-    config = DeepseekV3Config(**SIZES)
+    model = random_model(DeepseekV3ForCausalLM, DeepseekV3Config(**SIZES), DeepseekV3RMSNorm, device)
+    for module in model.modules():
+        if isinstance(module, DeepseekV3TopkRouter):
+            module.e_score_correction_bias = torch.zeros(SIZES["n_routed_experts"], device=device)
+    return model
+
+
+def random_model(kind: type[PreTrainedModel], config: PreTrainedConfig, norm: type, device: str) -> PreTrainedModel:
+    """A model of that kind in bfloat16: weights of standard deviation 0.02, norms of 1, never on the host."""
     with torch.device("meta"):
-        model = DeepseekV3ForCausalLM(config).to(torch.bfloat16)
+        model = kind(config).to(torch.bfloat16)
     model.to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.02, generator=generator)
     for module in model.modules():
-        if isinstance(module, DeepseekV3RMSNorm):
+        if isinstance(module, norm):
             module.weight.data.fill_(1)
-        if isinstance(module, DeepseekV3TopkRouter):
-            module.e_score_correction_bias = torch.zeros(config.n_routed_experts, device=device)
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     return model.eval().requires_grad_(False)
 

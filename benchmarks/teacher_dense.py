@@ -28,18 +28,7 @@ KEY_VALUE_BYTES = SIZES["num_hidden_layers"] * 2 * SIZES["num_key_value_heads"] 
 
 def build(device: str) -> Qwen3ForCausalLM:
     """The model with random weights, made on the device."""
-    config = Qwen3Config(**SIZES)
-    with torch.device("meta"):
-        model = Qwen3ForCausalLM(config).to(torch.bfloat16)
-    model.to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.02, generator=generator)
-    for module in model.modules():
-        if isinstance(module, Qwen3RMSNorm):
-            module.weight.data.fill_(1)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
-    return model.eval().requires_grad_(False)
+    return teacher.random_model(Qwen3ForCausalLM, Qwen3Config(**SIZES), Qwen3RMSNorm, device)
 
 
 def limit_tokens_per_s(model: Qwen3ForCausalLM, batch: int, bytes_per_s: float) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from teachers import plain
 from teachers.kernels.chip import is_roomy
-from teachers.kernels.mla import MOST_SPLITS, Tiles, join
+from teachers.kernels.mla import Splits, Tiles
 
 TILES = Tiles(block_n=64, num_warps=4, num_stages=3, programs=528)  # measured on an H100, as what follows
 SMALL_TILES = Tiles(block_n=32, num_warps=4, num_stages=3, programs=432)  # where there is less shared memory
@@ -83,39 +83,31 @@ def gqa_decode(
     rows, heads, size = query_AHD.shape
     page, padded = pool_GTL.shape[1], triton.next_power_of_2(size)
     tiles = TILES if is_roomy(query_AHD.device) else SMALL_TILES
-    splits = max(1, min(MOST_SPLITS, tiles.programs // (rows * kv_heads)))
-    mixed_AHD = query_AHD.new_empty(rows, heads, padded)
-    direct = splits == 1
-    parts = mixed_AHD if direct else query_AHD.new_empty(rows, splits, heads, padded, dtype=torch.float32)
-    sums = parts if direct else query_AHD.new_empty(rows, splits, heads, dtype=torch.float32)
-    _attend[(rows, splits, kv_heads)](
+    splits = Splits.of(query_AHD, heads, padded, tiles.programs, kv_heads)
+    _attend[(rows, splits.count, kv_heads)](
         query_AHD,
         pool_GTL,
         tables_AG,
         lengths_A,
-        parts,
-        sums,
+        splits.parts,
+        splits.sums,
         scale * 1.4426950408889634,
         query_AHD.stride(0),
         tables_AG.stride(0),
-        splits,
+        splits.count,
         K=kv_heads,
         G=heads // kv_heads,
         D=size,
         D2=padded,
         PAGE=page,
         BLOCK_G=max(GROUP, triton.next_power_of_2(heads // kv_heads)),
-        BLOCK_N=min(CROWDED_N if direct else tiles.block_n, page),
+        BLOCK_N=min(CROWDED_N if splits.direct else tiles.block_n, page),
         STAGES=tiles.num_stages,
-        DIRECT=direct,
+        DIRECT=splits.direct,
         PRECISION="ieee" if query_AHD.dtype == torch.float32 else "tf32",
         num_warps=tiles.num_warps,
     )
-    if not direct:
-        join[(rows, heads)](
-            parts, sums, mixed_AHD, heads, SPLITS=splits, SPLITS2=triton.next_power_of_2(splits), R=padded, num_warps=4
-        )
-    return mixed_AHD[..., :size]
+    return splits.joined()[..., :size]
 
 
 def attend_ragged(query_THD: Tensor, key_SKD: Tensor, value_SKD: Tensor, ragged, scale: float) -> Tensor:

@@ -96,6 +96,45 @@ def join(parts, sums, mixed, H, SPLITS: tl.constexpr, SPLITS2: tl.constexpr, R: 
     tl.store(mixed + (row * H + h) * R + r, (mixed_R / total).to(mixed.dtype.element_ty))
 
 
+@dataclass(frozen=True)
+class Splits:
+    """Where a decode step's programs leave what they mix: straight in `mixed`, or in parts that `join` adds up.
+
+    mixed: [A, H, D] in the query's dtype. parts, sums: fp32 [A, count, H, D] and the log2 of their weights
+    [A, count, H]; where one program reads a whole row (direct) both are `mixed`.
+    """
+
+    count: int
+    mixed: Tensor
+    parts: Tensor
+    sums: Tensor
+
+    @classmethod
+    def of(cls, query: Tensor, heads: int, size: int, programs: int, groups: int) -> "Splits":
+        """For A rows of `query` whose heads are read in so many groups, on about so many programs."""
+        rows = len(query)
+        count = max(1, min(MOST_SPLITS, programs // (rows * groups)))
+        mixed = query.new_empty(rows, heads, size)
+        if count == 1:
+            return cls(count, mixed, mixed, mixed)
+        parts = query.new_empty(rows, count, heads, size, dtype=torch.float32)
+        return cls(count, mixed, parts, query.new_empty(rows, count, heads, dtype=torch.float32))
+
+    @property
+    def direct(self) -> bool:
+        return self.count == 1
+
+    def joined(self) -> Tensor:
+        """`mixed`, once all programs have been launched."""
+        if not self.direct:
+            rows, heads, size = self.mixed.shape
+            join[(rows, heads)](
+                self.parts, self.sums, self.mixed, heads, SPLITS=self.count,
+                SPLITS2=triton.next_power_of_2(self.count), R=size, num_warps=4,
+            )  # fmt: skip
+        return self.mixed
+
+
 def mla_decode(query_AHL: Tensor, pool_GTL: Tensor, tables_AG: Tensor, lengths_A: Tensor, rank: int, scale: float):
     """Mixed latents [A, H, R] of one new token a row: softmax(scale * q . latents) over lengths_A + 1 cached tokens.
 
@@ -106,34 +145,26 @@ def mla_decode(query_AHL: Tensor, pool_GTL: Tensor, tables_AG: Tensor, lengths_A
     page = pool_GTL.shape[1]
     tiles = TILES if is_roomy(query_AHL.device) else SMALL_TILES
     groups = triton.cdiv(heads, HEADS)
-    splits = max(1, min(MOST_SPLITS, tiles.programs // (rows * groups)))
-    mixed_AHR = query_AHL.new_empty(rows, heads, rank)
-    direct = splits == 1
-    parts = mixed_AHR if direct else query_AHL.new_empty(rows, splits, heads, rank, dtype=torch.float32)
-    sums = parts if direct else query_AHL.new_empty(rows, splits, heads, dtype=torch.float32)
-    _attend[(rows, splits, groups)](
+    splits = Splits.of(query_AHL, heads, rank, tiles.programs, groups)
+    _attend[(rows, splits.count, groups)](
         query_AHL,
         pool_GTL,
         tables_AG,
         lengths_A,
-        parts,
-        sums,
+        splits.parts,
+        splits.sums,
         scale * 1.4426950408889634,
         tables_AG.stride(0),
         heads,
-        splits,
+        splits.count,
         R=rank,
         P=size - rank,
         PAGE=page,
         BLOCK_H=HEADS,
         BLOCK_N=min(tiles.block_n, page),
         STAGES=tiles.num_stages,
-        DIRECT=direct,
+        DIRECT=splits.direct,
         PRECISION="ieee" if query_AHL.dtype == torch.float32 else "tf32",
         num_warps=tiles.num_warps,
     )
-    if not direct:
-        join[(rows, heads)](
-            parts, sums, mixed_AHR, heads, SPLITS=splits, SPLITS2=triton.next_power_of_2(splits), R=rank, num_warps=4
-        )
-    return mixed_AHR
+    return splits.joined()

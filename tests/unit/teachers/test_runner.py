@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from paged_laws import check_prefill_in_chunks_and_decode, reference
 from sampling_models import STOPS, VOCAB, YARN, as_table, deepseek, generator, requests
 
 from distill.records import CaptureSpec, SamplingParams
@@ -26,33 +27,9 @@ MODELS = {
 }
 
 
-def reference(model, ids_T: torch.Tensor) -> torch.Tensor:
-    with torch.inference_mode():
-        return model(ids_T[None]).logits[0]
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_prefill_in_chunks_and_decode_equal_the_whole_forward(name):
-    model, rng = deepseek(**MODELS[name]), np.random.default_rng(0)
-    ids_T = torch.from_numpy(rng.integers(0, VOCAB, 90))
-    wanted_TV = reference(model, ids_T)
-    runner = Runner(model)
-    assert torch.equal(reference(model, ids_T), wanted_TV)  # the model still runs, on views of the fused weights
-    whole = runner.prefill(ids_T, torch.arange(90), [Segment(0, 90)], None, None)
-    assert (runner.logits(runner.finish(whole)) - wanted_TV).abs().max() < 1e-4
-
-    pool = PagePool(3, 14, runner.latent_size, dtype=torch.float32, device=runner.device, page_tokens=8)
-    pages = pool.take(12)[::-1]
-    slots_T = torch.from_numpy(pool.slots(pages, 0, 90))
-    for start, stop in ((0, 30), (30, 33), (33, 60)):
-        segment = Segment(0, stop - start, slots_T[:start] if start else None)
-        parts = runner.prefill(ids_T[start:stop], torch.arange(start, stop), [segment], pool, slots_T[start:stop])
-        assert (runner.logits(runner.finish(parts)) - wanted_TV[start:stop]).abs().max() < 1e-4
-    tables = torch.tensor([pages], dtype=torch.int32)
-    for length in range(60, 90):
-        place = torch.tensor([length], dtype=torch.int32)
-        logits_1V = runner.decode(ids_T[length : length + 1], place, tables, runner.everyone, pool)
-        assert (logits_1V[0] - wanted_TV[length]).abs().max() < 1e-4
+    check_prefill_in_chunks_and_decode(deepseek(**MODELS[name]), Runner)
 
 
 def test_ragged_sequences_do_not_see_each_other():
