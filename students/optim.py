@@ -85,7 +85,7 @@ def precision(train: Train, stage: int, dtype: torch.dtype) -> dict:
         return settings
     if train.master_weights == "float32":
         return settings | {
-            "bf16": {"enabled": True, "check_grad_overflow": True},
+            "bf16": {"enabled": True, "check_grad_overflow": True, "immediate_grad_update": True},
             "data_types": {"grad_accum_dtype": "fp32"},
         }
     if stage == 0:  # without a section of its own DeepSpeed leaves bfloat16 weights and gradients as they are
