@@ -2,9 +2,10 @@
 
     python -m benchmarks.bench_cross_tokenizer --gpus 4
 
-The bundled teacher, its Qwen-like and its Llama-like student, and the one with its own tokenizer; equal traces, steps
-and order, several seeds (other traces, another order). Methods: ours, text alone, and others' (cross_losses). What is
-finished lies in --folder and is not done again. Rows, over all seeds:
+The bundled teacher, its Qwen-like and its Llama-like student, and of each the twin that has the teacher's tokenizer and
+is otherwise the same (cross_base); equal traces, steps and order, several seeds (other traces, another order). Methods:
+ours, text alone, and others' (cross_losses). What is finished lies in --folder and is not done again. Rows, over all
+seeds:
 
     gap_recovered/METHOD/STUDENT    (student - its base) / (teacher - its base) in pass@1; /ci_low, /ci_high: over
                                     problems (Fieller); /seedN; /seed_error: standard error of the mean over seeds
@@ -31,11 +32,12 @@ import torch
 # The command's own folder must be found by worker processes too, however it was started.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.cross_base import STUDENTS, TWIN, path_of, train_twin
 from benchmarks.results_file import row, write
 from distill.commit import commit
 
 K = 2
-OTHERS = ("qwen", "llama")
+EPOCHS = 4
 
 
 def plan(seeds: list[int], students: list[str], methods: list[str]) -> list[tuple[str, str, int]]:
@@ -51,10 +53,13 @@ def plan(seeds: list[int], students: list[str], methods: list[str]) -> list[tupl
     ]
 
 
-def prepare(folder: Path, seed: int | None, share: float, k: int, device: str) -> None:
-    """The traces of one seed, or (None) the teacher's evaluation."""
+def prepare(folder: Path, what: int | str | None, share: float, k: int, device: str) -> None:
+    """The traces of one seed, (None) the teacher's evaluation, or the base of the student of that name."""
     from benchmarks import cross_data
 
+    if what == "same_llama":
+        return train_twin(folder, share, device)
+    seed = what
     name, side = ("teacher", "eval") if seed is None else (f"seed{seed}", "train")
     if (folder / f"{name}.done.json").exists():
         return
@@ -79,14 +84,14 @@ def measure(folder: Path, job: tuple[str, str, int], settings: dict, device: str
     prompts = cross_data.problems("eval", settings["share"])
     eval_texts = cross_data.read_texts(folder / "teacher")[: settings["texts"]]
     if method == "base":
-        model, tokenizer = load_student(cross_train.STUDENTS[student], packed=False)
+        model, tokenizer = load_student(str(path_of(student, folder)), packed=False)
         teacher = load_tokenizer(cross_data.TEACHER)
         found = cross_train.evaluate(
             model.to(device), tokenizer, prompts, eval_texts, teacher, k=settings["k"], seed=seed, device=device
         )
     else:
         texts = cross_data.read_texts(folder / f"seed{seed}")
-        run = cross_train.Run(student, method, seed, settings["epochs"], device)
+        run = cross_train.Run(student, path_of(student, folder), method, seed, settings["epochs"], device)
         found = cross_train.run_one(run, texts, eval_texts, prompts, settings["k"], cross_data.TEACHER)
     found["device"] = torch.cuda.get_device_name(device) if device != "cpu" else f"cpu{os.cpu_count()}"
     path.write_text(json.dumps(found))
@@ -101,10 +106,11 @@ def _worker(devices: list[str], function, folder: Path, *arguments) -> float:
     return time.monotonic() - began_s
 
 
-def run_all(first: dict[int | None, tuple], jobs: list[tuple], devices: list[str], folder: Path) -> None:
+def run_all(first: dict[int | str | None, tuple], jobs: list[tuple], devices: list[str], folder: Path) -> None:
     """Every job (function, *arguments), one process for each entry of devices; a failed one is told of at the end.
 
-    first: by seed, what must be done before the jobs of that seed (jobs' second entry ends with it); None before all.
+    first: what must be done before jobs, whose second entry is (student, method, seed): by seed, by student; None
+    before all.
     """
     failed, done, context = [], set(), multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(len(devices), mp_context=context) as pool:
@@ -119,7 +125,7 @@ def run_all(first: dict[int | None, tuple], jobs: list[tuple], devices: list[str
                 except Exception:
                     traceback.print_exc()
                     failed.append(job[1])
-            ready = [job for job in waiting if None in done and job[1][-1] in done]
+            ready = [job for job in waiting if {None, *job[1]} & first.keys() <= done]
             waiting = [job for job in waiting if job not in ready]
             running |= {pool.submit(_worker, devices, job[0], folder, *job[1:]): job for job in ready}
     if failed:
@@ -183,7 +189,7 @@ def single_seeds(folder: Path, student: str, method: str, seeds: list[int], teac
 def closest(rows: list[dict]) -> list[dict]:
     """For each student with another tokenizer the bits per byte of the best other method over ours."""
     value, found = {each["name"]: each["value"] for each in rows}, []
-    for student in OTHERS:
+    for student in TWIN:
         names = [n for n in value if n.startswith("bits_per_byte/") and n.endswith(f"/{student}")]
         others = [value[n] for n in names if not n.startswith(("bits_per_byte/ours/", "bits_per_byte/base/"))]
         if others and (own := value.get(f"bits_per_byte/ours/{student}")):
@@ -192,12 +198,12 @@ def closest(rows: list[dict]) -> list[dict]:
 
 
 def goal_of(method: str, student: str, gaps: dict) -> str | None:
-    """Ours: within 0.03 of the student with the teacher's tokenizer, and above every other method."""
-    if method != "ours" or student not in OTHERS:
+    """Ours: within 0.03 of its twin with the teacher's tokenizer, and above every other method."""
+    if method != "ours" or student not in TWIN:
         return None
     others = [value for (m, s), (value, *_) in gaps.items() if s == student and m != "ours"]
-    same = [gaps["ours", "same"][0] - 0.03] if ("ours", "same") in gaps else []
-    return f">= {max(others + same):.4f}" if others + same else None
+    twin = [gaps["ours", TWIN[student]][0] - 0.03] if ("ours", TWIN[student]) in gaps else []
+    return f">= {max(others + twin):.4f}" if others + twin else None
 
 
 def figures(name: str, found: list[dict], right_PK: np.ndarray) -> list[dict]:
@@ -238,12 +244,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/bench_cross_tokenizer"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--students", nargs="+", choices=("same", *OTHERS), default=["same", *OTHERS])
+    parser.add_argument("--students", nargs="+", choices=STUDENTS, default=[*STUDENTS])
     parser.add_argument("--methods", nargs="+", default=["response", "ours", *PEERS])
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count(), help="0: the CPU")
     parser.add_argument("--per-gpu", type=int, default=4, help="trainings at a time on one of them")
     parser.add_argument("--share", type=float, default=1.0, help="of the problems")
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="passes over the traces")
     parser.add_argument("--report", action="store_true", help="train nothing; the rows of what is finished")
     parser.add_argument("--texts", type=int, default=300, help="teacher completions that KL is measured on")
     args = parser.parse_args()
@@ -251,6 +257,8 @@ def main() -> None:
     devices = [f"cuda:{i}" for _ in range(args.per_gpu) for i in range(args.gpus)] or ["cpu"]
     settings = {"share": args.share, "k": K, "epochs": args.epochs, "texts": args.texts}
     first = {seed: (prepare, seed, args.share, K) for seed in (None, *args.seeds)}
+    if "same_llama" in args.students:
+        first["same_llama"] = (prepare, "same_llama", args.share, K)
     jobs = [(measure, job, settings) for job in plan(args.seeds, args.students, args.methods)]
     if not args.report:
         run_all(first, jobs, devices, args.folder)
@@ -258,7 +266,8 @@ def main() -> None:
     print_table(rows)
     device = load(args.folder, args.students[0], "base", args.seeds)[0]["device"]
     question = "Does a student with another tokenizer learn as much of a cached teacher as one with the teacher's own?"
-    print(write("cross_tokenizer", question, rows, device=f"{device}, {platform.machine()}", commit=commit()))
+    what = "cross_tokenizer" if args.epochs == EPOCHS else f"cross_tokenizer-{args.epochs}epochs"
+    print(write(what, question, rows, device=f"{device}, {platform.machine()}", commit=commit()))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.cross_base import STUDENTS, TWIN
 from benchmarks.cross_data import CAPTURE, SAMPLING, TeacherText, dense_teacher, grade_all
 from benchmarks.cross_losses import PEERS, Groups, PairBatch, groups_of, shared_ids
 from distill.align import Aligner
@@ -33,16 +34,16 @@ from students.schedule import learning_rate
 
 SETTINGS = Train(lr=4e-3, embedding_lr_ratio=0.1)
 TRACES_PER_STEP = 20  # about 2,048 teacher tokens with their problems
-STUDENTS = {name: f"teachers/tiny/student-{name}" for name in ("same", "qwen", "llama")}
 ALPHA = 0.9  # as in configs/demo.yaml
-METHODS = {"same": ("response", "ours"), "qwen": ("response", "ours", *PEERS), "llama": ("response", "ours", *PEERS)}
+METHODS = {student: ("response", "ours", *(PEERS if student in TWIN else ())) for student in STUDENTS}
 
 
 @dataclass(frozen=True)
 class Run:
-    """method: "response" (text alone), "ours", or one of PEERS."""
+    """method: "response" (text alone), "ours", or one of PEERS. base: the student's folder before training."""
 
     student: str
+    base: Path
     method: str
     seed: int
     epochs: int
@@ -136,7 +137,7 @@ def order(count: int, seed: int, epochs: int) -> list[list[int]]:
 
 def train(run: Run, texts: list[TeacherText], teacher) -> tuple:
     """(model, tokenizer, figures of the training)."""
-    model, tokenizer = load_student(STUDENTS[run.student], packed=False)
+    model, tokenizer = load_student(str(run.base), packed=False)
     model.to(run.device)
     began_s = time.monotonic()
     data = Data(texts, teacher, tokenizer, run.method, run.device)

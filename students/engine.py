@@ -231,14 +231,18 @@ def _add_up_in_one_pass(optimizer: object) -> None:
 
     if not isinstance(optimizer, BF16_Optimizer):
         return
-    beside = torch.cuda.Stream() if torch.cuda.is_available() else None
+    add_to, beside = torch.Tensor.add_, None
+    if torch.cuda.is_available():
+        from students import sums
+
+        add_to, beside = sums.add, torch.cuda.Stream()
 
     def add(parameter: nn.Parameter, group: int, index: int, clear_lp_grads: bool) -> None:
         if parameter.grad is None:
             return
         total, gradient = optimizer.fp32_groups_gradients[group][index], parameter.grad
         with _on(beside, gradient):
-            total.add_(gradient.view(total.shape))
+            add_to(total, gradient.view(total.shape))
         parameter._hp_grad = total
         optimizer.fp32_groups_has_gradients[group][index] = True
 

@@ -171,12 +171,12 @@ def test_a_batch_is_the_sum_of_its_completions(aligner, name):
 @pytest.mark.slow
 def test_the_benchmark_on_a_few_problems(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(results_file, "RESULTS", tmp_path / "results")
-    command = "bench --share 0.01 --seeds 0 --students same qwen --methods ours gold --epochs 1 --texts 8 --gpus 0"
-    monkeypatch.setattr(sys, "argv", [*command.split(), "--folder", str(tmp_path / "work")])
+    command = "bench --share 0.01 --seeds 0 --students same qwen same_llama --methods ours gold --epochs 1 --texts 8"
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--gpus", "0", "--folder", str(tmp_path / "work")])
     bench_cross_tokenizer.main()
     result = json.loads(next((tmp_path / "results").glob("*.json")).read_text())
     value = {row["name"]: row for row in result["rows"]}
-    for name in ("ours/same", "ours/qwen", "gold/qwen"):
+    for name in ("ours/same", "ours/qwen", "gold/qwen", "ours/same_llama"):
         assert value[f"bits_per_byte/{name}"]["value"] > 0 and 0 <= value[f"pass_at_1/{name}"]["value"] <= 1
         assert value[f"steps/{name}"]["value"] == value["steps/ours/same"]["value"] > 2
     assert value["bits_per_byte/ours/qwen"]["value"] < value["bits_per_byte/base/qwen"]["value"]

@@ -1,5 +1,10 @@
 """Gradients of micro-batches in bfloat16 add up in float32, whatever DeepSpeed's optimizer would do with them."""
 
+import importlib.util
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from launch_sequence import make_batch, make_model
@@ -40,3 +45,24 @@ def test_bfloat16_gradients_add_up_in_float32(ranks, models, tmp_path):
         norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
         assert engine.step(0.0) == pytest.approx(float(norm), rel=1e-5)
     engine.close()
+
+
+KERNEL = """
+import torch
+from students import sums
+device = "cuda" if torch.cuda.is_available() else "cpu"
+for count in (1, sums.SIZE, 3 * sums.SIZE + 5):
+    total, part = torch.randn(count + 3, device=device), torch.randn(count, device=device).bfloat16()
+    expected, inner = total.clone(), total[1 : count + 1]
+    expected[1 : count + 1] += part
+    sums.add(inner, part)
+    assert torch.equal(total, expected), count
+print("equal")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which has wheels for Linux alone")
+def test_the_kernel_adds_bit_for_bit_and_touches_nothing_else():
+    environment = os.environ | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
+    done = subprocess.run([sys.executable, "-c", KERNEL], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "equal", done.stderr[-4000:]
