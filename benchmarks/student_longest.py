@@ -32,7 +32,7 @@ def rows(gpus: int, size: str, first: int, limit_s: float) -> list[dict]:
         )  # fmt: skip
         for each in done:
             print(json.dumps(each), flush=True)
-            found[each["tokens"]] = each
+            found |= {each["tokens"]: each} if each["tokens"] in lengths else {}
         best = max(found, default=0)
         failed = next((length for length in lengths if length > best), failed)
         if best == 0 or failed is None or time.monotonic() > until:
@@ -59,7 +59,7 @@ def train_lengths(size: str, lengths: list[int]) -> None:
     shared = {"zero_stage": 3, "sequence_parallel": ranks.world} if ranks.world > 1 else {"zero_stage": 0}
     with tempfile.TemporaryDirectory() as folder:
         engine, _ = make_engine(size, ranks, 1, max(lengths), Path(folder), **saving, **shared)
-        for number, tokens in enumerate((WARM_UP, *lengths)):
+        for tokens in (WARM_UP, *lengths):
             batch = make_batch(tokens)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -70,7 +70,7 @@ def train_lengths(size: str, lengths: list[int]) -> None:
             torch.cuda.synchronize()
             peak = max(ranks.gather(torch.cuda.max_memory_allocated()))
             found = {"tokens": tokens, "seconds": time.perf_counter() - began_s, "peak_gib": peak / 2**30}
-            ranks.print(json.dumps(found) if number else f"warm-up {found}")
+            ranks.print(json.dumps(found))
     ranks.close()
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -75,16 +76,19 @@ def launched(module: str, gpus: int, *arguments: str, limit_s: float | None = No
     What came before a failure or the limit is returned too; the failure is printed.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
-    process = subprocess.Popen(
-        [*command, "-m", module, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        out, errors = process.communicate(timeout=limit_s)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        out, errors = process.communicate()
-    if process.returncode:
-        causes = [line for line in errors.splitlines() if "Error" in line]
-        print(f"{gpus} GPUs: {causes[0] if causes else errors[-500:]}", flush=True)
-    return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:  # a pipe of dead ranks stays open
+        unbuffered = os.environ | {"PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen([*command, "-m", module, *arguments], stdout=out, stderr=errors, env=unbuffered)
+        try:
+            failed = process.wait(limit_s) != 0
+        except subprocess.TimeoutExpired:
+            failed = False
+            print(f"{gpus} GPUs: ended after {limit_s:.0f} s", flush=True)
+            process.terminate()  # the launcher ends its ranks, which have sessions of their own
+            process.wait()
+        out.seek(0), errors.seek(0)
+        lines, told = out.read().splitlines(), errors.read()
+    if failed:
+        causes = [line for line in told.splitlines() if "Error" in line]
+        print(f"{gpus} GPUs: {causes[0] if causes else told[-500:]}", flush=True)
+    return [json.loads(line) for line in lines if line.startswith("{")]
