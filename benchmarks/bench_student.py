@@ -5,9 +5,9 @@
     python -m benchmarks.bench_student --curve 2      # do two GPUs, by ZeRO-3 and by Ulysses, follow the curve of one?
     python -m benchmarks.bench_student --longest 1    # the longest trace that an 8B student trains on
 
-Qwen3 geometries with random weights, rows of 8192 tokens, four rows an optimizer step, bfloat16. Ours: DeepSpeed ZeRO-1
-with float32 master weights, the fused K+1 loss on cached distributions, layers compiled; activations recomputed except
-those of matrix products (selective), except attention (recompute), or kept; 4B and 8B have 8-bit moments to fit
+Qwen3 geometries with random weights, rows of 8192 tokens, eight rows an optimizer step, bfloat16. Ours: DeepSpeed
+ZeRO-1 with float32 master weights, the fused K+1 loss on cached distributions, layers compiled; activations recomputed
+except those of matrix products (selective), except attention (recompute), or kept; 4B and 8B have 8-bit moments to fit
 (bitsandbytes), 8B no master weights. Peer: the plain Hugging Face loop with Liger's kernels, gradient checkpointing and
 fused AdamW on the bfloat16 weights alone, cross-entropy alone. Every case runs in a process of its own. MFU counts 6
 FLOP a weight and token and causal attention, no recomputation, against the device's dense bfloat16 peak.
@@ -37,7 +37,7 @@ CASES = ["ours-selective/1.7b", "ours-recompute/1.7b", "ours/1.7b", "liger-recom
          "ours-recompute/4b", "liger-recompute/4b"]  # fmt: skip
 FITTING = {"4b": {"optimizer": "adamw8bit"}, "8b": {"optimizer": "adamw8bit", "master_weights": "none"}}
 GOALS = {"1.7b": ">= 0.50", "4b": ">= 0.55"}
-TOKENS, ROWS = 8192, 4
+TOKENS, ROWS = 8192, 8
 QUESTION = "How much of a GPU does a student's training step use, with cached logits in the loss?"
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -89,6 +90,6 @@ def launched(module: str, gpus: int, *arguments: str, limit_s: float | None = No
         out.seek(0), errors.seek(0)
         lines, told = out.read().splitlines(), errors.read()
     if failed:
-        causes = [line for line in told.splitlines() if "Error" in line]
+        causes = [line for line in told.splitlines() if re.search(r"\w+Error: ", line)]
         print(f"{gpus} GPUs: {causes[0] if causes else told[-500:]}", flush=True)
     return [json.loads(line) for line in lines if line.startswith("{")]
