@@ -18,7 +18,6 @@ from benchmarks.student_parts import launched, make_batch, make_engine
 GOALS = {"8b-1xh200": ">= 65536", "8b-2gpu": ">= 131072"}
 STEP = 8192  # lengths are multiples of it
 TILE = 8192  # tokens of a rank that the MLP takes at a time
-WARM_UP = 10_000  # tokens of the step that compiles and makes the optimizer's state
 
 
 def rows(gpus: int, size: str, first: int, limit_s: float) -> list[dict]:
@@ -32,7 +31,7 @@ def rows(gpus: int, size: str, first: int, limit_s: float) -> list[dict]:
         )  # fmt: skip
         for each in done:
             print(json.dumps(each), flush=True)
-            found |= {each["tokens"]: each} if each["tokens"] in lengths else {}
+            found[each["tokens"]] = each
         best = max(found, default=0)
         failed = next((length for length in lengths if length > best), failed)
         if best == 0 or failed is None or time.monotonic() > until:
@@ -49,28 +48,28 @@ def rows(gpus: int, size: str, first: int, limit_s: float) -> list[dict]:
 
 
 def train_lengths(size: str, lengths: list[int]) -> None:
-    """A step on one trace of each length, shortest first; prints what each took on this rank's GPU."""
+    """Two steps on one trace of each length, shortest first: the first compiles, the second's figures are printed."""
     from distill.dist import init_ranks
 
     ranks = init_ranks("cuda")
-    torch._dynamo.config.assume_static_by_default = False  # one compilation serves all lengths
     saving = {"optimizer": "adamw8bit", "master_weights": "none", "activation_checkpointing": True}
     saving |= {"activation_offload": True, "mlp_tiles": max(lengths[0] // ranks.world // TILE, 2)}
     shared = {"zero_stage": 3, "sequence_parallel": ranks.world} if ranks.world > 1 else {"zero_stage": 0}
     with tempfile.TemporaryDirectory() as folder:
         engine, _ = make_engine(size, ranks, 1, max(lengths), Path(folder), **saving, **shared)
-        for tokens in (WARM_UP, *lengths):
+        for tokens in lengths:
             batch = make_batch(tokens)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-            torch.cuda.synchronize()
-            began_s = time.perf_counter()
-            engine.accumulate(batch, tokens, last=True)
-            engine.step(1e-6)
-            torch.cuda.synchronize()
+            for _ in range(2):
+                torch.cuda.synchronize()
+                began_s = time.perf_counter()
+                engine.accumulate(batch, tokens, last=True)
+                engine.step(1e-6)
+                torch.cuda.synchronize()
+                seconds = time.perf_counter() - began_s
             peak = max(ranks.gather(torch.cuda.max_memory_allocated()))
-            found = {"tokens": tokens, "seconds": time.perf_counter() - began_s, "peak_gib": peak / 2**30}
-            ranks.print(json.dumps(found))
+            ranks.print(json.dumps({"tokens": tokens, "seconds": seconds, "peak_gib": peak / 2**30}))
     ranks.close()
 
 
