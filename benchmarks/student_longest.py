@@ -48,7 +48,7 @@ def rows(gpus: int, size: str, first: int, limit_s: float) -> list[dict]:
 
 
 def train_lengths(size: str, lengths: list[int]) -> None:
-    """Two steps on one trace of each length, shortest first: the first compiles, the second's figures are printed."""
+    """Two steps on one trace of each length, shortest first, and what each took: the first compiles."""
     from distill.dist import init_ranks
 
     ranks = init_ranks("cuda")
@@ -68,8 +68,8 @@ def train_lengths(size: str, lengths: list[int]) -> None:
                 engine.step(1e-6)
                 torch.cuda.synchronize()
                 seconds = time.perf_counter() - began_s
-            peak = max(ranks.gather(torch.cuda.max_memory_allocated()))
-            ranks.print(json.dumps({"tokens": tokens, "seconds": seconds, "peak_gib": peak / 2**30}))
+                peak = max(ranks.gather(torch.cuda.max_memory_allocated()))
+                ranks.print(json.dumps({"tokens": tokens, "seconds": seconds, "peak_gib": peak / 2**30}))
     ranks.close()
 
 
