@@ -37,7 +37,7 @@ from benchmarks.results_file import row, write
 from distill.commit import commit
 
 K = 2
-EPOCHS = 4
+EPOCHS = 2
 
 
 def plan(seeds: list[int], students: list[str], methods: list[str]) -> list[tuple[str, str, int]]:

@@ -6,15 +6,19 @@ by itself, so no mask is built, no token is padding and nothing can leak from on
 Shape legend: N tokens of all traces together, A query heads, G key-value heads, D head width.
 """
 
+from functools import cache
 from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from students.packed_operator import NEVER, filling_of, packed_scaled_dot_product
 from students.sequence import RowRanks
 
 NAME = "packed_causal"
+LONG = 1024  # tokens of a trace from which on cuDNN is faster for it alone than flash attention for several
+WIDEST_HEAD = 128  # of cuDNN's backward pass
 
 
 def packed_attention(
@@ -26,7 +30,8 @@ def packed_attention(
     *,
     seq_lens: list[int] | None = None,
     seq_ends: torch.Tensor | None = None,
-    longest: int = 0,
+    device_ends: torch.Tensor | None = None,
+    alone_from: int = NEVER,
     scaling: float | None = None,
     row_ranks: RowRanks | None = None,
     filling: int = 0,
@@ -34,15 +39,16 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """([1, N, A, D], None): softmax(q k^T * scaling) v over the tokens of the same trace up to the query's own.
 
-    seq_lens: tokens of each trace, in order; they sum to N. None: all are one trace. seq_ends: int32, their running sum
-    with a leading 0, given with the longest length where one variable-length kernel serves (CUDA, half precision);
-    elsewhere each trace is one scaled_dot_product_attention. row_ranks: where several ranks share the row, which then
-    give and get N / ranks tokens each. filling: tokens put behind a single trace for the kernel's sake (`filling_of`).
+    seq_lens: tokens of each trace, in order; they sum to N. None: all are one trace. seq_ends: int32 on the host, their
+    running sum with a leading 0, and device_ends, the same on the device, given where one operator serves all traces
+    (CUDA, half precision), those of alone_from tokens and more one by one; elsewhere each trace is one
+    scaled_dot_product_attention. row_ranks: where several ranks share the row, which then give and get N / ranks tokens
+    each. filling: tokens put behind a single trace for the kernel's sake (`filling_of`).
     """
     if row_ranks is not None:
         query_1AND, key_1GND, value_1GND = row_ranks.heads(query_1AND, key_1GND, value_1GND)
     if seq_ends is not None:
-        out_1NAD = _one_kernel(query_1AND, key_1GND, value_1GND, longest, seq_ends, scaling)
+        out_1NAD = _one_operator(query_1AND, key_1GND, value_1GND, seq_ends, device_ends, alone_from, scaling)
     elif filling:
         tokens = query_1AND.shape[2]
         filled = (F.pad(x, (0, 0, 0, filling)) for x in (query_1AND, key_1GND, value_1GND))
@@ -59,22 +65,20 @@ def how_packed(seq_lens: list[int], device: torch.device, dtype: torch.dtype) ->
     if len(seq_lens) == 1:
         return {"filling": filling_of(seq_lens[0])} if kernels else {}
     if kernels:
-        return {"seq_ends": running_ends(seq_lens, device), "longest": max(seq_lens)}
+        ends = running_ends(seq_lens)
+        return {"seq_ends": ends, "device_ends": ends.to(device), "alone_from": _alone_from(device)}
     return {"seq_lens": seq_lens}
 
 
-def filling_of(tokens: int) -> int:
-    """Tokens that bring a row onto a grid of 16 lengths an octave, at most a sixteenth of it from 2048 on.
-
-    cuDNN, the fastest kernel for one trace, takes up to a second to prepare for a length that it has not seen. No token
-    of a causal trace sees what is put behind it.
-    """
-    return -tokens % max(128, 1 << max(tokens.bit_length() - 5, 0))
-
-
-def running_ends(seq_lens: list[int], device: torch.device) -> torch.Tensor:
+def running_ends(seq_lens: list[int]) -> torch.Tensor:
     """seq_ends for these lengths."""
-    return torch.tensor([0, *accumulate(seq_lens)], dtype=torch.int32, device=device)
+    return torch.tensor([0, *accumulate(seq_lens)], dtype=torch.int32)
+
+
+@cache
+def _alone_from(device: torch.device) -> int:
+    hopper = torch.cuda.get_device_capability(device)[0] == 9  # the generation it was measured on
+    return LONG if hopper and torch.backends.cuda.cudnn_sdp_enabled() else NEVER
 
 
 def _each_alone(
@@ -86,22 +90,20 @@ def _each_alone(
     return (torch.cat(out, 2) if len(out) > 1 else out[0]).transpose(1, 2).contiguous()
 
 
-def _one_kernel(
+def _one_operator(
     query_1AND: torch.Tensor,
     key_1GND: torch.Tensor,
     value_1GND: torch.Tensor,
-    longest: int,
     ends: torch.Tensor,
+    device_ends: torch.Tensor,
+    alone_from: int,
     scaling: float | None,
 ) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    query, key, value = (x[0].transpose(0, 1).contiguous() for x in (query_1AND, key_1GND, value_1GND))
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:  # older torch has no enable_gqa here; repeating costs little beside the attention itself
-        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-    out_NAD = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling, window_size=(-1, 0))
-    return out_NAD[None]
+    query, key, value = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query_1AND, key_1GND, value_1GND))
+    width = query.shape[2]
+    alone_from = alone_from if width <= WIDEST_HEAD else NEVER
+    scaling = width**-0.5 if scaling is None else scaling
+    return packed_scaled_dot_product(query, key, value, ends, device_ends, alone_from, scaling)[0][None]
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)

@@ -20,8 +20,9 @@ def test_the_kernel_equals_attention_on_each_trace_alone():
     lengths = [7, 130, 1, 64]
     options = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": True}
     query, key, value = (torch.randn(1, heads, sum(lengths), 64, **options) for heads in (8, 2, 2))
-    ends = running_ends(lengths, query.device)
-    found, _ = packed_attention(None, query, key, value, None, seq_ends=ends, longest=130, scaling=0.1)
+    ends = running_ends(lengths)
+    packed = {"seq_ends": ends, "device_ends": ends.to("cuda")}
+    found, _ = packed_attention(None, query, key, value, None, **packed, scaling=0.1)
     upstream = torch.randn_like(found)
     gradients = torch.autograd.grad(found, (query, key, value), upstream)
     wide = [x.detach().double().requires_grad_() for x in (query, key, value)]
