@@ -6,7 +6,8 @@ own encoding of their bytes, and a cached distribution over teacher tokens becom
     align_bytes    a tokenizer, byte for byte          align_spans    which token begins in which
     align_markers  tokens that are no text             align_pairs    which student tokens can be neighbours
     align_tables   pieces, roots, buckets of a pair    align_keep     how often a text agrees with a piece
-    align_targets  distributions over buckets          align_report   what share of the signal survives
+    align_targets  distributions over buckets          align_read     the same on text that was not sampled
+    align_report   what share of the signal survives
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from distill import align_spans, align_targets
+from distill import align_read, align_spans, align_targets
 from distill.align_bytes import ByteTokenizer, gather_runs
 from distill.align_keep import KeepCounts, count_keep
 from distill.align_pairs import PairMask
@@ -89,6 +90,12 @@ class Aligner:
         return align_targets.make_targets(
             self.tables, alignment, dists, capture=capture, keep_P=self.keep_P, pairs=self.pairs
         )
+
+    def read_targets(
+        self, alignment: Alignment, dists: list[TokenDists]
+    ) -> tuple[BucketTargets, np.ndarray, np.ndarray]:
+        """The targets of text that the teacher did not sample, with its chunks; see align_read.read_targets."""
+        return align_read.read_targets(self.tables, alignment, dists, keep_P=self.keep_P, pairs=self.pairs)
 
     def coverage(self, alignment: Alignment, kind_N: np.ndarray | None = None) -> np.ndarray:
         """Positions by kind and class of text, see align_report."""

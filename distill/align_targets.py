@@ -83,7 +83,7 @@ class PaddedTargets:
 
 
 @dataclass(frozen=True)
-class _Candidates:
+class Candidates:
     """What the teacher might have said at R covered positions, row by row, the most likely first.
 
     row_S: the position. at_S: the piece (index into pieces_P) by which it would show. logp_S: log-probability. late_S:
@@ -98,11 +98,18 @@ class _Candidates:
     per_late_R: np.ndarray
     changed_R: np.ndarray
 
-    def only(self, keep_S: np.ndarray) -> _Candidates:
+    def only(self, keep_S: np.ndarray) -> Candidates:
+        """Those of keep_S (bool)."""
         changed_R = self.changed_R.copy()
         changed_R[self.row_S[~keep_S]] = True
         of_entry = (self.row_S, self.at_S, self.logp_S, self.late_S)
-        return _Candidates(*(values_S[keep_S] for values_S in of_entry), self.per_late_R, changed_R)
+        return Candidates(*(values_S[keep_S] for values_S in of_entry), self.per_late_R, changed_R)
+
+    def weighed(self, keep_S: np.ndarray) -> Candidates:
+        """Every candidate's probability times keep."""
+        changed_R = self.changed_R.copy()
+        changed_R[self.row_S[keep_S != 1]] = True
+        return replace(self, logp_S=self.logp_S + np.log(keep_S), changed_R=changed_R)
 
 
 def make_targets(
@@ -121,6 +128,21 @@ def make_targets(
     Errors: DataError when the distributions are of another text than the traces.
     """
     cached = concatenate(dists)
+    check_same_text(alignment, cached)
+    rows_R = np.flatnonzero(alignment.kind_N <= COVERED)
+    said = _candidates(tables, alignment, cached, rows_R, pairs, capture)
+    if keep_P is not None and not tables.identical:
+        said = said.weighed(keep_P[said.at_S])
+    row_E, roots_E, logw_E, rest_R = by_bucket(tables, said, cached.tail_T[alignment.teacher_N[rows_R]])
+    logq_E, tail_R = normalise(row_E, logw_E, rest_R, said.changed_R)
+    # A position whose label no candidate says is cross-entropy.
+    said_E = roots_E == tables.root_S[alignment.ids_N[rows_R]][row_E]
+    covered_R = np.bincount(row_E, said_E, minlength=len(rows_R)) > 0
+    return assemble(alignment, rows_R, alignment.kind_N[rows_R], covered_R, (row_E, roots_E, logq_E), tail_R)
+
+
+def check_same_text(alignment: Alignment, cached: TokenDists) -> None:
+    """Returns if the distributions are of the alignment's teacher tokens, else DataError."""
     if not np.array_equal(cached.sampled_T, alignment.teacher_ids_T):
         raise DataError(
             "the teacher's distributions are of another text than the traces",
@@ -128,13 +150,6 @@ def make_targets(
             value=f"{len(cached)} positions for {len(alignment.teacher_ids_T)} tokens",
             remedy="Sample the traces again: --restart traces.",
         )
-    rows_R = np.flatnonzero(alignment.kind_N <= COVERED)
-    said = _candidates(tables, alignment, cached, rows_R, pairs, capture)
-    if keep_P is not None and not tables.identical:
-        said = _weigh(said, keep_P[said.at_S])
-    row_E, roots_E, logw_E, rest_R = _by_bucket(tables, said, cached.tail_T[alignment.teacher_N[rows_R]])
-    logq_E, tail_R = _normalise(row_E, logw_E, rest_R, said.changed_R)
-    return _assemble(tables, alignment, rows_R, row_E, roots_E, logq_E, tail_R)
 
 
 def _candidates(
@@ -144,7 +159,7 @@ def _candidates(
     rows_R: np.ndarray,
     pairs: PairMask | None,
     capture: CaptureSpec,
-) -> _Candidates:
+) -> Candidates:
     token_R, depth_R = alignment.teacher_N[rows_R], alignment.depth_N[rows_R]
     sizes_R, inner_R = np.diff(cached.offsets_T1)[token_R], depth_R > 0
     entries_S = run_index(cached.offsets_T1[token_R], sizes_R)
@@ -168,7 +183,7 @@ def _candidates(
     late_S = 2 * rank_S >= np.repeat(sizes_R, sizes_R)
     late_R = np.bincount(row_S, late_S * np.exp(logp_S), minlength=len(rows_R))
     per_late_R = np.where(inner_R, 0.0, cached.tail_T[token_R] / np.where(late_R > 0, late_R, 1.0))
-    said = _Candidates(row_S, at_S, logp_S, late_S, per_late_R, inner_R)
+    said = Candidates(row_S, at_S, logp_S, late_S, per_late_R, inner_R)
     return said if possible_S.all() else said.only(possible_S)
 
 
@@ -190,15 +205,8 @@ def _from_tail(cached: TokenDists, capture: CaptureSpec) -> tuple[np.ndarray, np
     return small_T | np.logical_or.reduceat(np.append(drawn_S, False), cached.offsets_T1[:-1]), beyond_S
 
 
-def _weigh(said: _Candidates, keep_S: np.ndarray) -> _Candidates:
-    """Every candidate's probability times keep."""
-    changed_R = said.changed_R.copy()
-    changed_R[said.row_S[keep_S != 1]] = True
-    return replace(said, logp_S=said.logp_S + np.log(keep_S), changed_R=changed_R)
-
-
-def _by_bucket(
-    tables: PairTables, said: _Candidates, tail_R: np.ndarray
+def by_bucket(
+    tables: PairTables, said: Candidates, tail_R: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(row, root, log mass) of every outcome: row by row, each row in the order of first mention; mass of the rest.
 
@@ -226,7 +234,7 @@ def _by_bucket(
     return row_S[at], root_S[at], logp_S[mention], rest_R
 
 
-def _normalise(
+def normalise(
     row_E: np.ndarray, logw_E: np.ndarray, rest_R: np.ndarray, changed_R: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """(log q, mass of the rest), both float32. A position that holds all of the teacher's candidates stays as cached,
@@ -236,21 +244,20 @@ def _normalise(
     return (logw_E - np.log(total_R)[row_E]).astype(np.float32), (rest_R / total_R).astype(np.float32)
 
 
-def _assemble(
-    tables: PairTables,
+def assemble(
     alignment: Alignment,
     rows_R: np.ndarray,
-    row_E: np.ndarray,
-    roots_E: np.ndarray,
-    logq_E: np.ndarray,
+    kind_R: np.ndarray,
+    covered_R: np.ndarray,
+    outcomes: tuple[np.ndarray, np.ndarray, np.ndarray],
     tail_R: np.ndarray,
 ) -> BucketTargets:
-    """All positions, those without outcomes as well; a position whose label no candidate says becomes one of them."""
-    said_E = roots_E == tables.root_S[alignment.ids_N[rows_R]][row_E]
-    covered_R = np.bincount(row_E, said_E, minlength=len(rows_R)) > 0
+    """All positions, those without outcomes as well; rows_R that are not covered become some of them. outcomes: (row,
+    root, log q) [E]."""
+    row_E, roots_E, logq_E = outcomes
     kind_N, tail_N = alignment.kind_N.copy(), np.ones(len(alignment), np.float32)
     tail_N[rows_R] = np.where(covered_R, tail_R, 1)
-    kind_N[rows_R[~covered_R]] = UNCOVERED
+    kind_N[rows_R] = np.where(covered_R, kind_R, UNCOVERED)
     stays_E = covered_R[row_E]
     sizes_N = np.bincount(rows_R[row_E[stays_E]], minlength=len(alignment))
     offsets_N1 = np.concatenate([[0], np.cumsum(sizes_N)])

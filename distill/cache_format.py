@@ -35,7 +35,8 @@ DATA, INDEX = 1, 2
 class CacheHeader:
     """Where the distributions come from; caches whose headers agree (versions aside) may be mixed.
 
-    Fingerprints are hex strings. tail_bound and min_mass, below which an entry counts into the tail, are probability
+    Fingerprints are hex strings. sampled: whether the tokens were drawn from these distributions; False where the
+    teacher only read them. tail_bound and min_mass, below which an entry counts into the tail, are probability
     masses; sqrt_step and log_bound: cache_levels.py.
     """
 
@@ -51,6 +52,7 @@ class CacheHeader:
     sqrt_step: float = SQRT_STEP
     log_bound: float = LOG_BOUND
     schema: int = SCHEMA_VERSION
+    sampled: bool = True
     versions: dict[str, str] = field(default_factory=dict)
 
 

@@ -233,8 +233,8 @@ _SPEED_ONLY = {
 def stage_spec(config: Config, stage: str, student: str | None = None) -> dict[str, Any]:
     """The settings that the result of a stage depends on, as JSON values; stages before it enter by their hashes.
 
-    `train` needs the student's name, so that a change to one student leaves the others finished. ValueError for an
-    unknown stage.
+    `train` needs the student's name, so that a change to one student leaves the others finished; so does `text`, what
+    the teacher reads of one of train.text_sets, that set's. ValueError for an unknown stage.
     """
     full = config.model_dump(mode="json")
     part = {name: _without(full[name], _SPEED_ONLY.get(name, set())) for name in ("teacher", "train", "eval")}
@@ -243,6 +243,11 @@ def stage_spec(config: Config, stage: str, student: str | None = None) -> dict[s
         return {"run": seed, "prompts": full["prompts"]}
     if stage in ("traces", "logits"):
         return {"run": seed, "teacher": part["teacher"], "traces": full["traces"]}
+    if stage == "text":  # one of train.text_sets, by its name
+        each = next(each for each in full["train"]["text_sets"] if each["name"] == student)
+        teacher = {key: full["teacher"][key] for key in ("path", "dtype", "capture")}
+        own = {key: each[key] for key in ("source", "max_tokens")}
+        return {"teacher": teacher, "text": own, "shard": full["traces"]["shard_prompts"]}
     if stage == "train":
         if student is None:
             raise ValueError("stage_spec(config, 'train') needs the student's name")

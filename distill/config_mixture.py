@@ -1,4 +1,4 @@
-"""Settings of what a student is trained on beside the run's own traces: other runs' traces, and general data."""
+"""Settings of what a student is trained on beside the run's own traces: other runs' traces, texts, general data."""
 
 from __future__ import annotations
 
@@ -57,6 +57,47 @@ class GeneralHuggingFace(Section):
 GeneralSource = Annotated[BundledQuestions | GeneralJsonl | GeneralHuggingFace, Field(discriminator="kind")]
 
 
+TextSource = Annotated[GeneralJsonl | GeneralHuggingFace, Field(discriminator="kind")]
+
+
+class TextSet(Section):
+    """Conversations that the teacher did not sample: people's, or another model's.
+
+    It reads them when traces are made (3-logits/NAME), and students with kind logits learn its distributions over the
+    assistant's tokens. The text is no sample of the teacher, so its cross-entropy would teach its writer: with alpha 1
+    no token is learned as such. Students with kind response leave the set out.
+    """
+
+    name: str = setting(..., "name in metrics (train/loss/<name>)", pattern=NAME, use="Use letters, digits, . _ and -.")
+    source: TextSource = setting(..., "where the conversations are; every turn of the assistant is read")
+    max_tokens: Int = setting(
+        32768, "longest conversation, in the teacher's tokens; others are counted and left out", unit="tokens", ge=8
+    )
+    weight: float = setting(1.0, "passes over this set in an epoch; 0.5: another half in every epoch", gt=0, le=100)
+    alpha: float = setting(
+        1.0, "weight of the divergence; the rest is cross-entropy on the text, which learns its writer", gt=0, le=1,
+        use="Use 1.0 to learn from the teacher alone.",
+    )  # fmt: skip
+
+
+class OnPolicy(Section):
+    """After the traces: rounds in which a student of kind logits answers training prompts itself, drawn as traces are
+    (teacher.sampling), the teacher reads what it said, and the student is trained on the teacher's distributions over
+    it, and on traces as before.
+
+    On its own text the divergence stands alone; completions that were cut short are counted and left out.
+    """
+
+    rounds: Int = setting(1, "how often the student writes, is read and trained", unit="rounds", ge=1, le=100)
+    prompts: Int | None = setting(
+        None, "training prompts of a round, others in each; null takes all", unit="prompts", ge=1
+    )
+    share: float = setting(
+        0.5, "of a round's tokens that the student wrote; the others are of traces", gt=0, lt=1, use="Use 0.5."
+    )
+    lr_ratio: float = setting(0.1, "peak learning rate of a round over train.lr", gt=0, le=1)
+
+
 class General(Section):
     """General data, so that a student keeps what its base could do.
 
@@ -79,7 +120,7 @@ class General(Section):
 
 
 def mixture_problems(config: Config, origin: Origin) -> Iterator[Problem]:
-    """Sets of traces that cannot be told apart, one sentence each with the remedy."""
+    """Sets that cannot be told apart, or that nobody can learn from, one sentence each with the remedy."""
     first: dict[str, int] = {}
     for i, each in enumerate(config.train.trace_sets):
         loc: Loc = ("train", "trace_sets", i, "name")
@@ -92,6 +133,27 @@ def mixture_problems(config: Config, origin: Origin) -> Iterator[Problem]:
         if Path(each.run) == Path(config.run.dir, config.run.name):
             must = "that is this run, whose traces are trained on anyway. Remove the set."
             yield Problem((loc,), f"{origin.name(loc)} is {each.run!r}; {must}")
+    taken = {*RESERVED_NAMES, *(each.name for each in config.train.trace_sets)}
+    for i, each in enumerate(config.train.text_sets):
+        loc = ("train", "text_sets", i, "name")
+        if each.name in taken:
+            yield Problem((loc,), f"{origin.name(loc)} is {each.name!r}; that set is there already. Use another name.")
+        taken.add(each.name)
+    loc = ("train", "text_sets")
+    if config.train.text_sets and config.teacher.capture is None:
+        must = "but teacher.capture is null, so no distribution would be stored. Set teacher.capture.k_max: 64."
+        yield Problem((loc, ("teacher", "capture")), f"{origin.name(loc)} is given; {must}")
+    if config.train.text_sets and all(student.loss.kind == "response" for student in config.students):
+        must = "but no student has loss.kind logits, and others learn nothing from text that the teacher did not say. "
+        yield Problem((loc, ("students",)), f"{origin.name(loc)} is given; {must}Remove it, or use kind: logits.")
+
+    policy, loc = config.train.on_policy, ("train", "on_policy")
+    if policy is not None and config.teacher.capture is None:
+        must = "but teacher.capture is null, so no distribution would be stored. Set teacher.capture.k_max: 64."
+        yield Problem((loc, ("teacher", "capture")), f"{origin.name(loc)} is given; {must}")
+    if policy is not None and all(student.loss.kind == "response" for student in config.students):
+        must = "but no student has loss.kind logits, which it trains. Remove it, or use kind: logits."
+        yield Problem((loc, ("students",)), f"{origin.name(loc)} is given; {must}")
 
 
 def missing_for_mixture(config: Config) -> Iterator[DistillError]:
@@ -103,9 +165,11 @@ def missing_for_mixture(config: Config) -> Iterator[DistillError]:
                 f"train.trace_sets.{i}.run is {each.run}, and no run there has finished its traces",
                 remedy="Give the folder of a run such as runs/math, and run its traces first.",
             )
-    for i, source in enumerate(train.general.sources if train.general else ()):
+    named = [(f"train.general.sources.{i}", s) for i, s in enumerate(train.general.sources if train.general else ())]
+    named += [(f"train.text_sets.{i}.source", each.source) for i, each in enumerate(train.text_sets)]
+    for name, source in named:
         if source.kind == "jsonl" and not Path(source.path).is_file():
             yield DataError(
-                f"train.general.sources.{i}.path is {source.path}, and there is no such file",
+                f"{name}.path is {source.path}, and there is no such file",
                 remedy="Correct the path; relative ones are taken from the folder in which the command runs.",
             )

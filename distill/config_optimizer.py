@@ -40,6 +40,11 @@ def optimizer_problems(config: Config, origin: Origin) -> Iterator[Problem]:
     if train.ema_decay and train.zero_stage == 3 and train.offload != "none":
         must = "ZeRO-3 cannot average weights that are offloaded. Use 0, offload: none, or zero_stage: 2."
         yield problem("ema_decay", must, "offload", "zero_stage")
+    if train.offload_params == "nvme" and (train.optimizer != "adamw" or train.master_weights == "none"):
+        must = "weights in files need master weights of float32 with moments as wide. Use adamw and float32, or cpu."
+        yield problem("offload_params", must, "optimizer", "master_weights")
+    if train.ema_decay and train.offload_params == "nvme":
+        yield problem("ema_decay", "weights in files have no average. Use 0, or offload_params: cpu.", "offload_params")
     if train.optimizer == "paged_adamw8bit" and config.hardware.device == "cpu":
         must = "only CUDA moves pages between a GPU and its host. Use adamw8bit."
         yield Problem(
@@ -74,9 +79,11 @@ def missing_for_optimizer(config: Config) -> Iterator[DistillError]:
                     f"{tool}",
                     remedy=f"Install {tool}, or use --set train.offload=none.",
                 )
-    if train.offload == "nvme" and not _reads_asynchronously():
+    on_nvme = [name for name in ("offload", "offload_params") if getattr(train, name) == "nvme"]
+    if on_nvme and not _reads_asynchronously():
         yield CapacityError(
-            "train.offload is nvme, for which DeepSpeed compiles an operator with libaio, but that cannot be linked",
+            f"train.{on_nvme[0]} is nvme, for which DeepSpeed compiles an operator with libaio, but that cannot be "
+            "linked",
             remedy="Install it (Debian: apt-get install libaio-dev; elsewhere CFLAGS and LDFLAGS may name its folder), "
             "or use cpu.",
         )

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from distill.config_geometry import Geometry
-from distill.config_mixture import General, TraceSet
+from distill.config_mixture import General, OnPolicy, TextSet, TraceSet
 from distill.config_types import NAME, Divergence, Int, Section, setting
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -75,7 +75,7 @@ class Train(Section):
     )
     offload: Literal["none", "cpu", "nvme"] = setting("none", "where optimizer state lives")
     # No nvme: DeepSpeed 0.19.8 reads weights back into float32 as bfloat16, and runs out of its buffers in bfloat16.
-    offload_params: Literal["none", "cpu"] = setting("none", "where weights wait that no layer needs now")
+    offload_params: Literal["none", "cpu", "nvme"] = setting("none", "where weights wait that no layer needs now")
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = setting(
         "adamw", "8bit: moments of 8 bits; paged: which CUDA moves to the host when the GPU is full"
     )
@@ -96,6 +96,12 @@ class Train(Section):
     trace_sets: list[TraceSet] = setting([], "traces of other runs to train on as well, for every student")
     general: General | None = setting(
         None, "data that keeps what the base could do; {} takes bundled questions; null trains on traces alone"
+    )
+    text_sets: list[TextSet] = setting(
+        [], "conversations that the teacher reads and did not write, to train on as well; for students of kind logits"
+    )
+    on_policy: OnPolicy | None = setting(
+        None, "rounds after the traces in which students learn from what they write themselves; null for none"
     )
     too_long: Literal["drop", "split"] = setting(
         "drop", "traces longer than a row: left out and counted, or cut into rows that do not see one another"

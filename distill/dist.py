@@ -96,6 +96,12 @@ class Ranks:
             raise failure or told
         return result
 
+    def main_first(self, work: Callable[[], None]) -> None:
+        """work() on rank 0, then on every other rank."""
+        self.on_main(work)
+        if not self.is_main:
+            work()
+
     def require_same(self, value: Any, what: str) -> None:
         """Returns if `value` is equal on all ranks; else raises ConfigError naming `what` and the ranks that differ."""
         values = self.gather(value)

@@ -38,8 +38,11 @@ from distill.tokens import fingerprint
 __all__ = ["CacheHeader", "CacheReader", "CacheWriter", "cache_header", "to_sparse_targets"]
 
 
-def cache_header(tokenizer, teacher_fingerprint: str, vocab_size: int, capture: CaptureSpec) -> CacheHeader:
-    """Provenance of a cache: whose distributions, over which vocabulary, cut where."""
+def cache_header(
+    tokenizer, teacher_fingerprint: str, vocab_size: int, capture: CaptureSpec, *, sampled: bool = True
+) -> CacheHeader:
+    """Provenance of a cache: whose distributions, over which vocabulary, cut where; sampled: of tokens drawn from
+    them."""
     return CacheHeader(
         teacher_fingerprint=teacher_fingerprint,
         tokenizer_fingerprint=fingerprint(tokenizer),
@@ -49,6 +52,7 @@ def cache_header(tokenizer, teacher_fingerprint: str, vocab_size: int, capture: 
         tail_bound=capture.tail_bound,
         tail_draws=capture.tail_draws,
         min_mass=capture.min_mass,
+        sampled=sampled,
     )
 
 
@@ -250,10 +254,22 @@ class CacheReader:
         return len(self._entries)
 
     def require(
-        self, *, tokenizer_fingerprint: str | None = None, vocab_size: int | None = None, complete: bool = False
+        self,
+        *,
+        tokenizer_fingerprint: str | None = None,
+        vocab_size: int | None = None,
+        complete: bool = False,
+        sampled: bool | None = None,
     ) -> None:
-        """Raise DataError unless the cache is of this tokenizer and vocabulary and, where asked, closed by its
-        writer."""
+        """Raise DataError unless the cache is of this tokenizer and vocabulary and, where asked, closed by its writer,
+        and of tokens that were sampled from it, or were not."""
+        if sampled not in (None, self.header.sampled):
+            has = "was sampled by the teacher" if self.header.sampled else "the teacher only read"
+            raise DataError(
+                f"this teacher cache is of text that {has}",
+                where=str(self.path),
+                remedy="Put it back where it was: samples and other texts are learned in different ways.",
+            )
         for name, wanted in (("tokenizer_fingerprint", tokenizer_fingerprint), ("vocab_size", vocab_size)):
             found = getattr(self.header, name)
             if wanted is not None and found != wanted:

@@ -21,10 +21,11 @@ from distill.checkpoints import fingerprint_checkpoint, resolve_checkpoint
 from distill.client import ServiceTeacher
 from distill.commit import commit
 from distill.config import Config, Student, stage_spec
+from distill.config_mixture import TextSet
 from distill.errors import ServiceError, StoreError
 from distill.evals.agreement import dense_scorer
 from distill.evals.report import write_report
-from distill.evals.results import Candidate
+from distill.evals.results import Candidate, base_name, candidate
 from distill.evals.retention import general_prompts
 from distill.evals.suite import Entrant, Opened, Suite, run_suite
 from distill.evals.table import render_table
@@ -32,6 +33,7 @@ from distill.grade import Grader
 from distill.model_card import Made
 from distill.plan import student_split, teacher_split
 from distill.records import CaptureSpec, Prompt, SamplingParams
+from distill.rounds import Rounds
 from distill.split import Split
 from distill.store import RunFolder, StageFolder
 from distill.tokens import fingerprint, load_tokenizer
@@ -39,9 +41,10 @@ from distill.tracking import Tracker
 from students.model import load_student, train_dtype
 from students.prepare import run_of
 from students.rollout import Rollout
-from students.train import MODEL, train_student
+from students.train import MODEL
 from teachers.engine import TeacherEngine
 from teachers.runners import paged_loop
+from teachers.texts import TextStage
 from teachers.traces import TracesStage, summary
 
 RETENTION_PER_KIND = 60
@@ -95,15 +98,21 @@ class Pipeline:
         self.ranks.print(f"{stage.title}: {json.dumps(counts)}")
 
     def traces(self) -> None:
-        """2-traces and 3-logits: what the teacher says, graded, and what it might have said."""
+        """2-traces and 3-logits: what the teacher says, graded, and what it might have said; 3-logits/NAME: what it
+        would have said where somebody else wrote."""
+        with self._teacher() as engine:
+            self._sampled(engine)
+            for each in self.config.train.text_sets:
+                self._read(each, engine)
+
+    def _sampled(self, engine: Callable[[], TeacherEngine | ServiceTeacher]) -> None:
         inputs = {"prompts": self._input("prompts"), "teacher": self._teacher_fingerprint()}
         traces, logits = self._open("traces", inputs), self._open("logits", inputs)
         if self._skip(traces) and self._skip(logits, quiet=True):
             return
         train = prompts.load_prompts(self.folder.stage("prompts"), "train")
-        with self._teacher() as engine:
-            TracesStage(self.config, traces, logits, self.ranks, engine, self.split).run(train)
-            record = self._service_record(engine)
+        TracesStage(self.config, traces, logits, self.ranks, engine, self.split).run(train)
+        record = self._service_record(engine)
         self.ranks.barrier()
         counts = self.ranks.on_main(lambda: summary(list(traceset.iter_traces(traces))))
         prints = {"teacher": inputs["teacher"], "tokenizer": fingerprint(load_tokenizer(self.config.teacher.path))}
@@ -113,6 +122,19 @@ class Pipeline:
         self.ranks.barrier()
         dropped = ", ".join(f"{count} {reason}" for reason, count in counts["dropped"].items()) or "none"
         self.ranks.print(f"{traces.title}: kept {counts['kept']} of {counts['samples']} traces; dropped: {dropped}")
+
+    def _read(self, each: TextSet, engine: Callable[[], TeacherEngine | ServiceTeacher]) -> None:
+        """3-logits/NAME: the teacher's distributions over text that it did not write."""
+        prints = {"teacher": self._teacher_fingerprint()}
+        stage = self.folder.stage("logits", each.name)
+        self._bind(stage, stage_spec(self.config, "text", each.name), prints | prompts.file_hashes([each.source]))
+        if self._skip(stage):
+            return
+        counts = TextStage(self.config, each, stage, self.ranks, engine, self.split).run()
+        prints["tokenizer"] = fingerprint(load_tokenizer(self.config.teacher.path))
+        stage.finish(counts, fingerprints=prints, **self._service_record(engine))
+        self.ranks.barrier()
+        self.ranks.print(f"{stage.title}: {json.dumps(counts)}")
 
     def train(self) -> None:
         """4-student/NAME for every student: the traces, learnt."""
@@ -125,9 +147,11 @@ class Pipeline:
         todo = [(student, stage) for student, stage in opened if not self._skip(stage)]
         read = [traces, logits] if any(student.loss.kind == "logits" for student, _ in todo) else [traces]
         self._verify(read if todo else [])
-        asked = self._asked() if todo and (self.config.train.general or self.config.train.trace_sets) else []
+        train = self.config.train
+        asked = self._asked() if todo and (train.general or train.trace_sets or train.text_sets) else []
         for student, stage in todo:
-            counts = dict(train_student(self.config, student, traces, logits, stage, self.ranks, self.tracker, asked))
+            given = (traces, logits, stage, self.ranks, self.tracker, self.split, asked)
+            counts = dict(Rounds(self.config, student, *given, self._student, self._teacher).run())
             wall_s = counts.pop("wall_s")
             prints = self.ranks.on_main(lambda stage=stage: {"model": fingerprint_checkpoint(stage.path / MODEL)})
             stage.finish(counts, fingerprints=prints, wall_s=wall_s, device_s=wall_s * self.ranks.world)
@@ -162,10 +186,12 @@ class Pipeline:
             self.ranks.print(f"  {'W&B':8s} {self.tracker.url}")
 
     def _mixed_in(self, student: Student) -> dict[str, str]:
-        """What else a student is trained on: hashes of other runs' stages and of files of general data."""
+        """What else a student is trained on: hashes of other runs' stages, of texts the teacher read, and of files."""
         train = self.config.train
         stages = ("traces", "logits") if student.loss.kind == "logits" else ("traces",)
         hashes = {f"{s.name}/{name}": run_of(s).stage(name).manifest_hash for s in train.trace_sets for name in stages}
+        if student.loss.kind == "logits":
+            hashes |= {f"text/{each.name}": self._input("logits", each.name) for each in train.text_sets}
         return hashes | (prompts.file_hashes(train.general.sources) if train.general else {})
 
     def _asked(self) -> list[Prompt]:
@@ -326,11 +352,12 @@ class Pipeline:
         )
 
     def _open(self, name: str, inputs: dict[str, str], part: str | None = None) -> StageFolder:
-        stage, spec = self.folder.stage(name, part), stage_spec(self.config, name, part)
-        self.ranks.on_main(lambda: stage.open(spec, inputs) and None)
-        if not self.ranks.is_main:
-            stage.open(spec, inputs)
+        stage = self.folder.stage(name, part)
+        self._bind(stage, stage_spec(self.config, name, part), inputs)
         return stage
+
+    def _bind(self, stage: StageFolder, spec: dict, inputs: dict[str, str]) -> None:
+        self.ranks.main_first(lambda: stage.open(spec, inputs) and None)
 
     def _input(self, name: str, part: str | None = None) -> str:
         """The hash of a finished earlier stage; an error that names it when it has not finished."""
@@ -371,13 +398,3 @@ def connect(config: Config) -> ServiceTeacher:
             remedy=f"Use {service.dtype} or auto, or start the service with teacher.dtype: {teacher.dtype}.",
         )
     return service
-
-
-def candidate(name: str, role: str, path: str, **more: str) -> Candidate:
-    """A model of the evaluation, identified by its weights."""
-    return Candidate(name=name, role=role, fingerprint=fingerprint_checkpoint(resolve_checkpoint(path)), **more)
-
-
-def base_name(student: Student, students: list[Student]) -> str:
-    """ "base" where all students start from one model, else "base-" and the folder's name."""
-    return "base" if len({each.path for each in students}) == 1 else f"base-{Path(student.path).name}"

@@ -298,9 +298,16 @@ class _Planner:
             tokens /= 1 - train.general.share
         if train.trace_sets:
             self.notes.append("train.trace_sets: traces of other runs come on top of the tokens of training here.")
+        if train.text_sets:
+            self.notes.append("train.text_sets: the teacher reads them once; their tokens come on top of those here.")
+        if train.on_policy is not None:
+            count, rounds = train.on_policy.prompts or "all", train.on_policy.rounds
+            what = f"{rounds} round{'s' * (rounds > 1)} of {count} prompts"
+            self.notes.append(f"train.on_policy: {what}, sampled, read and trained on, come on top of the hours here.")
         seconds = train_seconds(g, train, tokens, length, self.gpus, self.node, self.gpu)
         flops = tokens * train_flops(g, length)
         layout = f"ZeRO-{train.zero_stage}" + (f", {train.offload} offload" if train.offload != "none" else "")
+        layout += f", weights on {train.offload_params}" if train.offload_params != "none" else ""
         layout += f", {student.adapter.kind}" if student.adapter is not None else ""
         return self.row("train", student.name, g, tokens, flops, seconds, memory, fits, layout)
 

@@ -29,11 +29,12 @@ def check_law(params: SamplingParams) -> None:
         )
 
 
-def sampling_law(dists: TokenDists, params: SamplingParams) -> TokenDists:
+def sampling_law(dists: TokenDists, params: SamplingParams, drawn: bool = True) -> TokenDists:
     """The distributions after temperature and filters, in the order and meaning of distill.sampling.draw.
 
     Entries outside a filter are gone; those that stay and the tail sum to 1. A tail that no filter ends keeps at most
-    its share: tokens that are not stored are taken to be as likely as the last that is. The drawn token always stays.
+    its share: tokens that are not stored are taken to be as likely as the last that is. The drawn token always stays;
+    where the text was not drawn by this law, its token may be outside.
     Errors: ConfigError as check_law.
     """
     check_law(params)
@@ -42,7 +43,7 @@ def sampling_law(dists: TokenDists, params: SamplingParams) -> TokenDists:
     rank_S = np.arange(len(token_S)) - first_T[token_S]
     best_T = dists.logprobs_S[first_T].astype(np.float64)
     gap_S = dists.logprobs_S.astype(np.float64) - best_T[token_S]  # log of the mass over that of the most likely
-    drawn_S = dists.ids_S == dists.sampled_T[token_S]
+    drawn_S = (dists.ids_S == dists.sampled_T[token_S]) & drawn
     if params.temperature == 0:
         return _kept(dists, token_S, (rank_S == 0), np.zeros(len(token_S)), np.zeros(len(dists)))
     weight_S = np.exp(gap_S / params.temperature)

@@ -100,10 +100,20 @@ def render_prompt(tok: PreTrainedTokenizerFast, prompt_text: str) -> list[int]:
 
 
 def render_chat(tok: PreTrainedTokenizerFast, messages: list[dict[str, str]]) -> list[int]:
-    """`render_prompt` of a conversation of several messages, each with its role and content."""
+    """`render_prompt` of a conversation of several messages, each with its role and content. DataError also for roles
+    that the template refuses."""
     for message in messages:
         _refuse_special(tok, message["content"])
-    text = tok.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    from jinja2 import TemplateError
+
+    try:
+        text = tok.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise DataError(
+            f"the chat template does not take this conversation: {error}",
+            value=[message["role"] for message in messages],
+            remedy="Leave it out, or use roles in the order that the template asks for.",
+        ) from error
     if text.endswith(THINK_OPEN):
         text += "\n"
     elif not text.endswith(PREFILL):

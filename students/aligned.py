@@ -4,6 +4,7 @@ The student's completion is its own encoding of the bytes of the teacher's ids a
 turned into targets when a micro-batch is made: faster than a student trains, and nothing has to be stored.
 """
 
+from dataclasses import replace
 from threading import Lock
 
 import numpy as np
@@ -12,9 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from distill.align import Aligner, TextCounts
 from distill.align_report import coverage_rows, coverage_text
-from distill.align_spans import KINDS
+from distill.align_spans import KINDS, Alignment
 from distill.align_tables import default_cache_dir
-from distill.align_targets import pad
+from distill.align_targets import BucketTargets, pad
 from distill.errors import DataError
 from distill.losses.buckets import BucketedTargets
 from distill.records import CaptureSpec, TokenDists
@@ -50,9 +51,12 @@ class AlignedSignal:
         self.coverage = coverage if self.coverage is None else self.coverage + coverage
         return [alignment.trace(i).tolist() for i in range(len(traces))]
 
-    def finish(self) -> dict[str, int]:
-        """Positions by kind; no trace is read after this."""
+    def finish(self, drawn: "AlignedSignal | None" = None) -> dict[str, int]:
+        """Positions by kind; no trace is read after this. drawn: for texts that the teacher did not draw, what its own
+        traces taught of how a cut agrees with a piece, which a text of somebody else's cannot say."""
         if self._counts is not None:
+            if drawn is not None and drawn._counts is not None:
+                self._counts = TextCounts(drawn._counts.keep, drawn._counts.used_S | self._counts.used_S)
             self.aligner.learn(self._counts)
         totals = np.zeros(len(KINDS), np.int64) if self.coverage is None else self.coverage.sum(1)
         return {f"positions_{name}": int(totals[kind]) for kind, name in KINDS.items()}
@@ -70,8 +74,26 @@ class AlignedSignal:
         another text.
         """
         with self._one_at_a_time:
-            alignment = self.aligner.align(teacher_ids)
-            if alignment.ids_N.tolist() != [i for ids in completions for i in ids]:
-                raise AssertionError("the same text was cut in two ways")
-            padded = pad(self.aligner.targets(alignment, dists, capture), self.aligner.tables)
+            alignment = self._same(completions, teacher_ids)
+            return self._padded(self.aligner.targets(alignment, dists, capture))
+
+    def read_targets(
+        self, completions: list[list[int]], teacher_ids: list[list[int]], dists: list[TokenDists]
+    ) -> BucketedTargets:
+        """`targets` of text that the teacher did not draw, with its chunks (distill.align_read)."""
+        with self._one_at_a_time:
+            alignment = self._same(completions, teacher_ids)
+            found, chunk_N, logp_N = self.aligner.read_targets(alignment, dists)
+            read_N = torch.zeros(len(alignment), dtype=torch.bool)
+            chunks = {"chunk_N": torch.from_numpy(chunk_N), "chunk_logprobs_N": torch.from_numpy(logp_N)}
+            return replace(self._padded(found), drawn_N=read_N, **chunks)
+
+    def _same(self, completions: list[list[int]], teacher_ids: list[list[int]]) -> Alignment:
+        alignment = self.aligner.align(teacher_ids)
+        if alignment.ids_N.tolist() != [i for ids in completions for i in ids]:
+            raise AssertionError("the same text was cut in two ways")
+        return alignment
+
+    def _padded(self, targets: BucketTargets) -> BucketedTargets:
+        padded = pad(targets, self.aligner.tables)
         return BucketedTargets(*map(torch.from_numpy, (padded.ids_NK, padded.group_NK, padded.logq_NG, padded.tail_N)))

@@ -124,7 +124,8 @@ class Checkpoints:
         """The state saved with the newest checkpoint after loading it, or None when there is none to go on from.
 
         identity: what must be as it was when the checkpoint was written. It is converted where only the number of
-        ranks or the ZeRO stage is another; StoreError where anything else is (the data and their order).
+        ranks, the ZeRO stage or the offload to files is another; StoreError where anything else is (the data and their
+        order).
         """
 
         def find() -> tuple[Path, dict] | None:
@@ -144,7 +145,7 @@ class Checkpoints:
                 where=str(path),
                 remedy=f"Launch as before, or delete {self.folder} to train this student from its start.",
             )
-        if other:
+        if other or not engine.can_load(path):
             self._reshard(engine, path, state)
         else:
             engine.load(self.folder, path.name)
@@ -152,7 +153,7 @@ class Checkpoints:
 
     def _reshard(self, engine: StudentEngine, path: Path, state: dict) -> None:
         stage, steps = state["identity"]["zero_stage"], state["step"]
-        self._ranks.print(f"{path} is of other ranks or another ZeRO stage: converting it for this launch")
+        self._ranks.print(f"{path} is of other ranks, ZeRO stage or offload: converting it for this launch")
         with files.disk_errors(self.folder):
             converted = self._ranks.on_main(lambda: _fresh(files.temporary_path(self.folder / "universal")))
             try:

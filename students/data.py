@@ -114,6 +114,7 @@ class TraceData:
 
     aligned: how the cached distributions reach a student with another tokenizer, None for one with the teacher's.
     law: how the tokens were drawn, where that law is what is learned; None where the teacher's distributions are.
+    drawn: whether the teacher drew the tokens; else it only read them (texts.py), and no token is learned as a sample.
     """
 
     def __init__(
@@ -123,9 +124,10 @@ class TraceData:
         counts: Counter,
         aligned: AlignedSignal | None = None,
         law: SamplingParams | None = None,
+        drawn: bool = True,
     ):
         self.examples, self.caches, self.counts, self.aligned = examples, caches, counts, aligned
-        self.law = law
+        self.law, self.drawn = law, drawn
 
     @property
     def keys(self) -> list[str]:
@@ -168,13 +170,15 @@ class TraceData:
         if self.caches is None:
             return None
         dists = [self._dists(example) for example in members]
+        completions, sampled = [e.completion_ids for e in members], [e.sampled_ids for e in members]
         if self.aligned is None:
             targets = SparseTargets(*map(torch.from_numpy, to_sparse_targets(dists)))
-        else:
+        elif self.drawn:
             header = self.caches[members[0].shard].header
             capture = CaptureSpec(header.k_max, header.tail_bound, header.tail_draws)
-            completions, sampled = [e.completion_ids for e in members], [e.sampled_ids for e in members]
             targets = self.aligned.targets(completions, sampled, dists, capture)
+        else:
+            targets = self.aligned.read_targets(completions, sampled, dists)
         try:
             targets.check(vocab_rows, distinct=False)
         except DataError as error:
@@ -184,7 +188,11 @@ class TraceData:
                 where=f"3-logits, one of the shards {', '.join(shards)}",
                 remedy="Sample the traces again: --restart traces.",
             ) from error
-        return targets if all(e.window is None for e in members) else targets.rows(_trained_rows(members))
+        if all(e.window is None for e in members):
+            return targets
+        rows = _trained_rows(members)
+        whole = isinstance(targets, BucketedTargets) and targets.chunk_N is not None
+        return (without_cut_chunks(targets, rows) if whole else targets).rows(rows)
 
     def _dists(self, example: Example) -> TokenDists:
         reader = self.caches[example.shard]
@@ -196,7 +204,15 @@ class TraceData:
                 value=f"{len(dists)} positions for {len(example.sampled_ids)} tokens",
                 remedy=f"Delete {example.shard} from 2-traces and 3-logits and run again: it is sampled again.",
             )
-        return dists if self.law is None else sampling_law(dists, self.law)
+        return dists if self.law is None else sampling_law(dists, self.law, self.drawn)
+
+
+def without_cut_chunks(targets: BucketedTargets, rows: torch.Tensor) -> BucketedTargets:
+    """Without the chunks of which a token lies outside `rows`: nobody sees how likely the whole is."""
+    outside = torch.ones(len(targets.chunk_N), dtype=torch.bool)
+    outside[rows] = False
+    cut = torch.isin(targets.chunk_N, targets.chunk_N[outside])
+    return replace(targets, chunk_N=targets.chunk_N.masked_fill(cut, -1))
 
 
 def assemble(members: list[Example], targets: SparseTargets | BucketedTargets | None) -> Batch:
@@ -352,6 +368,7 @@ def _open_caches(logits: StageFolder, examples: list[Example], theirs: str) -> d
         if not logits.has_shard(path.name):
             raise _no_distributions(path, f"the shard {path.name}")
         caches[shard] = reader = CacheReader(path)
+        reader.require(sampled=True)
         if reader.header.tokenizer_fingerprint != theirs:
             raise _other_tokenizer(path, reader.header.tokenizer_fingerprint, theirs)
     for example in examples:

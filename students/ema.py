@@ -51,6 +51,12 @@ class MovingAverage:
         """Restores `state`. KeyError or RuntimeError when it is of other weights or parts of them."""
         self._fill(self._average, {name: state[name] for name in self._average})
 
+    def load_flat(self, state: Parts) -> None:
+        """Restores flat parts, which may lack what fills up the end of this rank's. KeyError as `load`."""
+        for name, average in self._average.items():
+            part = state[name]
+            average.view(-1)[: part.numel()].copy_(part)
+
     @staticmethod
     def _fill(parts: Parts, values: Parts) -> None:
         with torch.no_grad():

@@ -19,8 +19,8 @@ from torch import nn
 
 from distill.config import Train
 from distill.dist import Ranks
-from distill.errors import ModelError, StoreError
-from students import optim, universal
+from distill.errors import ModelError
+from students import optim, swapped, universal
 from students.adapters import drop_frozen, plain_weights
 from students.data import Batch
 from students.ema import MovingAverage, trained_parts
@@ -55,7 +55,7 @@ class StudentEngine:
         self.stage = max(train.zero_stage, optim.lowest_stage(train, dtype))
         self.ranks, self.dtype, self.clip_norm = ranks, dtype, train.clip_norm
         self._swapped = offload_dir / "zero_stage_3"  # DeepSpeed's name for what it keeps on NVMe
-        self._masters, self._rigid = optim.keeps_masters(train, dtype), optim.rigid_state(train, dtype)
+        self._masters = optim.keeps_masters(train, dtype)
         module.row_ranks = row_ranks(ranks, train.sequence_parallel, module.model.config)
         self.data_rank, self.data_ranks = (n // train.sequence_parallel for n in (ranks.rank, ranks.world))
         prepare_layers(module.model, train, ranks.device)
@@ -73,6 +73,10 @@ class StudentEngine:
         optimizer = optim.make_optimizer(module, train, dtype, ranks.device)
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         self._trained = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+        if train.offload_params == "nvme":
+            swapped.settle(module.model, config["zero_optimization"])
+            if not all(hasattr(parameter, "ds_id") for parameter in module.parameters()):
+                swapped.initializer(config, dtype, module=module)
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         _add_up_in_one_pass(self._engine.optimizer)
         self._engine.checkpoint_engine = Snapshots(self._engine.checkpoint_engine)
@@ -142,7 +146,10 @@ class StudentEngine:
 
     def snapshot(self, folder: Path, tag: str) -> Callable[[], None]:
         """Copies this rank's weights and optimizer state as they are now; calling the result writes them to folder/tag,
-        in any thread."""
+        in any thread. With state in files they are written here: host memory may be too small for a copy."""
+        if swapped.in_files(self._engine):
+            swapped.save(self._engine, self._trained, folder / tag)
+            return self._engine.checkpoint_engine.take()
         self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
         if self._average is not None and (self.stage > 0 or self.ranks.is_main):
             self._engine.checkpoint_engine.save(self._average.state(), str(folder / tag / self._average_file))
@@ -151,20 +158,25 @@ class StudentEngine:
     def convert(self, source: Path, target: Path, stage: int, steps: int) -> None:
         """Makes of the checkpoint `source`, of ZeRO `stage` and any number of ranks, one for `load_converted`. One rank
         alone calls it. StoreError where that cannot be done."""
-        if rigid := "the moving average" if self._average is not None else self._rigid:
-            raise StoreError(
-                f"{rigid} in the checkpoint is kept in parts, which cannot be converted",
-                where=str(source),
-                remedy="Launch with the ranks and the train.zero_stage that it was written with.",
-            )
         universal.convert(self._engine, self._trained, source, target, stage, steps)
+        if self._average is not None:
+            universal.convert_average(source, target)
 
     def load_converted(self, folder: Path, stage: int, steps: int) -> None:
         """Restores what `convert` made of a checkpoint of ZeRO `stage` and `steps` steps."""
         universal.load(self._engine, self._trained, folder, (stage, self.stage), steps)
+        if self._average is not None:
+            self._average.load_flat(universal.load_average(self._engine, self._trained, folder))
+
+    def can_load(self, path: Path) -> bool:
+        """Whether the checkpoint was written by an engine with as much in files as this one, or as little."""
+        return swapped.is_written(path) == swapped.in_files(self._engine)
 
     def load(self, folder: Path, tag: str) -> None:
         """Restores what a snapshot wrote; the number of ranks and the ZeRO stage must be the same."""
+        if swapped.in_files(self._engine):
+            universal.set_steps(self._engine, swapped.load(self._engine, folder / tag))
+            return
         path, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=not self._frozen)
         if path is None:
             raise ModelError("DeepSpeed found no checkpoint", where=f"{folder}/{tag}", remedy="Delete this checkpoint.")
@@ -224,8 +236,8 @@ def _add_up_in_one_pass(optimizer: object) -> None:
     """Makes DeepSpeed's optimizer for bfloat16 add a gradient to its float32 sum in one kernel as soon as it exists,
     beside the rest of the backward pass, and then let it go.
 
-    As it comes it keeps all gradients until the pass ends, then zeroes, adds in bfloat16, converts and adds again: three
-    times the memory traffic and a second copy of the model, for the same sum.
+    As it comes it keeps all gradients until the pass ends, then zeroes, adds in bfloat16, converts and adds again:
+    three times the memory traffic and a second copy of the model, for the same sum.
     """
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 

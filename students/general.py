@@ -6,7 +6,6 @@ The base answers before training and is then freed: its distributions come from 
 """
 
 import hashlib
-import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,50 +16,19 @@ from transformers import PreTrainedTokenizerFast
 
 from distill import prompts
 from distill.config_mixture import BundledQuestions, General, GeneralSource
+from distill.conversations import Row, rows_of
 from distill.dist import Ranks
 from distill.errors import DataError
 from distill.logit_cache import CacheReader, CacheWriter, cache_header
-from distill.records import CaptureSpec, Prompt, SampleRequest, SamplingParams, TokenDists, prompt_key, sample_seed
+from distill.records import CaptureSpec, Prompt, SampleRequest, SamplingParams, TokenDists, sample_seed
 from distill.store import StageFolder
-from distill.tokens import THINK_CLOSE, encode_completion, end_id, fingerprint, render_chat, split_thinking
+from distill.tokens import fingerprint
 from students.data import Example, TraceData, fit
 from students.rollout import Rollout
 
 NAME = "general"
 SHARD_ROWS = 256
 _MAX_DRAWS = 50  # draws per wanted question before a kind counts as exhausted
-
-
-@dataclass(frozen=True)
-class Row:
-    """One conversation that ends with the assistant, or one plain text (messages empty)."""
-
-    messages: tuple[tuple[str, str], ...]
-    text: str = ""
-
-    @property
-    def key(self) -> str:
-        return prompt_key(self.text or json.dumps(self.messages, ensure_ascii=False))
-
-    @property
-    def questions(self) -> list[str]:
-        """What must not be asked in the evaluation."""
-        return [content for role, content in self.messages if role == "user"] or [self.text]
-
-    def prompt_ids(self, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-        """Up to where the assistant answers; of plain text its first token. DataError for a message that holds one of
-        the tokenizer's special tokens."""
-        if not self.messages:
-            return encode_completion(tokenizer, self.text)[:1]
-        return render_chat(tokenizer, [{"role": role, "content": content} for role, content in self.messages[:-1]])
-
-    def completion_ids(self, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-        """The data's own answer, with its end token; of plain text all but the first token."""
-        if not self.messages:
-            return encode_completion(tokenizer, self.text)[1:]
-        thinking, answer = split_thinking(self.messages[-1][1])
-        thinking, answer = ("", thinking) if answer is None else (thinking, answer)
-        return [*encode_completion(tokenizer, f"{thinking}{THINK_CLOSE}\n{answer}"), end_id(tokenizer)]
 
 
 def read_rows(sources: Sequence[GeneralSource], held_out: Iterable[Prompt], counts: Counter) -> list[Row]:
@@ -71,7 +39,7 @@ def read_rows(sources: Sequence[GeneralSource], held_out: Iterable[Prompt], coun
     asked = {prompts.normalised(prompt.text) for prompt in held_out}
     rows: dict[str, Row] = {}
     for source in sources:
-        for row in _bundled(source) if source.kind == "bundled" else _from_file(source):
+        for row in _bundled(source) if source.kind == "bundled" else rows_of(source):
             counts["read"] += 1
             if any(prompts.normalised(question) in asked for question in row.questions):
                 counts["overlapping"] += 1
@@ -99,31 +67,6 @@ def _bundled(source: BundledQuestions) -> Iterator[Row]:
             if prompt.key not in seen and not is_heldout(prompt):
                 seen.add(prompt.key)
                 yield Row((("user", prompt.text), ("assistant", f"\\boxed{{{prompt.answer}}}")))
-
-
-def _from_file(source: GeneralSource) -> Iterator[Row]:
-    for where, row in prompts.source_rows(source, [source.field]):
-        value = row.get(source.field)
-        if isinstance(value, str) and value.strip():
-            yield Row((), value)
-        elif _is_conversation(value):
-            yield Row(tuple((message["role"], message["content"]) for message in value))
-        else:
-            raise DataError(
-                f"the field {source.field!r} is neither text nor a conversation that ends with the assistant",
-                where=where,
-                value=str(value)[:80],
-                remedy="Write [{role: user, content: ...}, {role: assistant, content: ...}], or name another field.",
-            )
-
-
-def _is_conversation(value: object) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) > 1
-        and all(isinstance(m, dict) and isinstance(m.get("content"), str) and m.get("role") for m in value)
-        and value[-1]["role"] == "assistant"
-    )
 
 
 class GeneralRows:

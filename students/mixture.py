@@ -1,4 +1,4 @@
-"""Several sets of examples trained on together: the run's own traces, those of other runs, general data.
+"""Several sets of examples trained on together: the run's own traces, those of other runs, texts, general data.
 
 A set has a weight, the passes over it in an epoch, an alpha, the weight of the divergence in its tokens' loss, and a
 weight of that loss.
@@ -91,7 +91,13 @@ class Mixture:
             targets = part.data.targets(mine, vocab_rows) if mine else None
             if targets is not None:
                 found.append(((set_M == index).nonzero().squeeze(1), targets))
-        return merge(len(set_M), found) if self.has_teacher else None
+        if not self.has_teacher:
+            return None
+        targets = merge(len(set_M), found)
+        drawn_S = torch.tensor([part.data.drawn for part in self.parts])
+        if isinstance(targets, SparseTargets) or drawn_S.all():
+            return targets
+        return replace(targets, drawn_N=drawn_S[set_M])
 
 
 def _counts(part: Part, index: int) -> dict[str, int]:
@@ -121,7 +127,20 @@ def merge(
     group_MK = torch.full((tokens, width), -1)
     for where, targets in parts:
         group_MK[where, : targets.ids_NK.shape[1]] = _groups(targets)
-    return BucketedTargets(ids_MK, group_MK, logprobs_MG, tail_M)
+    return BucketedTargets(ids_MK, group_MK, logprobs_MG, tail_M, **_merged_chunks(tokens, parts))
+
+
+def _merged_chunks(tokens: int, parts: Sequence[tuple[torch.Tensor, SparseTargets | BucketedTargets]]) -> dict:
+    """The chunks of all parts, none of which has another's number."""
+    with_chunks = [(where, t) for where, t in parts if getattr(t, "chunk_N", None) is not None]
+    if not with_chunks:
+        return {}
+    chunk_M, logp_M, used = torch.full((tokens,), -1), torch.zeros(tokens), 0
+    for where, targets in with_chunks:
+        chunk_M[where] = torch.where(targets.chunk_N < 0, -1, targets.chunk_N + used)
+        logp_M[where] = targets.chunk_logprobs_N
+        used += int(targets.chunk_N.max()) + 1
+    return {"chunk_N": chunk_M, "chunk_logprobs_N": logp_M}
 
 
 def _groups(targets: SparseTargets | BucketedTargets) -> torch.Tensor:

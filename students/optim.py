@@ -37,13 +37,6 @@ def keeps_masters(train: Train, dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or train.master_weights == "float32"
 
 
-def rigid_state(train: Train, dtype: torch.dtype) -> str | None:
-    """What of the optimizer's state cannot be divided over other ranks, in words; None when all of it can."""
-    if train.optimizer != "adamw":
-        return "the state of 8 bits"
-    return None if keeps_masters(train, dtype) else "the state of weights without masters"
-
-
 def parameter_groups(module: nn.Module, train: Train) -> list[dict]:
     """Matrices decay, gains and biases do not; embedding and head may learn at a rate of their own.
 

@@ -1,4 +1,4 @@
-"""All that one student is trained on, from a config: the run's traces, other runs' traces, general data.
+"""All that one student is trained on, from a config: the run's traces, other runs' traces, texts, general data.
 
 Some of the run's own traces may be held out, to evaluate on while it trains.
 """
@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from distill.checkpoints import fingerprint_checkpoint
 from distill.config import Capture, Config, Student
-from distill.config_mixture import General, TraceSet
+from distill.config_mixture import General, TextSet, TraceSet
 from distill.dist import Ranks
+from distill.errors import ConfigError
 from distill.logit_cache import CacheReader
 from distill.prompts import normalised
 from distill.records import CaptureSpec, Prompt
@@ -25,6 +26,7 @@ from students.mixture import Mixture, Part, hold_out
 from students.model import load_student
 from students.packing import Passes, TrainPlan
 from students.rollout import Rollout
+from students.texts import load_texts
 
 TRACES = "traces"
 
@@ -37,6 +39,17 @@ class Prepared:
     plan: TrainPlan
     held_out: TraceData | None
     notes: list[str]
+
+
+@dataclass(frozen=True)
+class OwnText:
+    """What a student said in a round, and what the teacher made of it. share: of the round's tokens; the others are of
+    traces. seed: of their order, and of which traces where not all are taken."""
+
+    each: TextSet
+    read: StageFolder
+    share: float
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -61,9 +74,25 @@ class Preparation:
         parts = [Part(TRACES, own, 1.0, alpha)]
         for each in train.trace_sets:
             parts.append(Part(each.name, self._of_run(each, held_out), each.weight, alpha))
+        if loss.kind == "logits":
+            read = [(each, self.stage.run.stage("logits", each.name)) for each in train.text_sets]
+            parts += [Part(each.name, self._texts(each, stage, own), each.weight, each.alpha) for each, stage in read]
         if train.general is not None:
             parts.append(self._general(train.general, sum(sum(p.data.lengths) * p.weight for p in parts)))
-        data = Mixture(parts)
+        return self._planned(parts, held_out, self.config.run.seed)
+
+    def run_on(self, said: OwnText, traces: StageFolder, logits: StageFolder) -> Prepared:
+        """What the student said, once, and so many of the run's traces that it makes up its share."""
+        train = self.config.train
+        own = self._traces(traces, logits, self.config.teacher.path)
+        own, held_out = hold_out(own, train.eval_traces, self.config.run.seed)
+        texts = self._texts(said.each, said.read, own)
+        weight = sum(texts.lengths) * (1 / said.share - 1) / sum(own.lengths)
+        parts = [Part(TRACES, own, weight, self.student.loss.alpha), Part(said.each.name, texts, 1.0, said.each.alpha)]
+        return self._planned(parts, held_out, said.seed)
+
+    def _planned(self, parts: list[Part], held_out: TraceData | None, seed: int) -> Prepared:
+        train, data = self.config.train, Mixture(parts)
         plan = TrainPlan(
             data.keys,
             data.lengths,
@@ -71,7 +100,7 @@ class Preparation:
             row_tokens=train.max_seq_tokens,
             batch_tokens=train.batch_tokens,
             epochs=train.epochs,
-            seed=self.config.run.seed,
+            seed=seed,
             passes=Passes([len(part.data.examples) for part in parts], [part.weight for part in parts]),
             curriculum=train.curriculum,
         )
@@ -110,6 +139,28 @@ class Preparation:
 
         return self._traces(traces, run.stage("logits"), teacher.get("path"), asked)
 
+    def _texts(self, each: TextSet, read: StageFolder, traces: TraceData) -> TraceData:
+        """What the teacher read of that set; without what the evaluation asks."""
+        train = self.config.train
+        data = load_texts(
+            each,
+            read,
+            self.tokenizer,
+            self.config.teacher.path,
+            traces,
+            max_seq_tokens=train.max_seq_tokens,
+            too_long=train.too_long,
+            asked={normalised(prompt.text) for prompt in self.asked},
+        )
+        if data.aligned is not None and train.sequence_parallel > 1:
+            raise ConfigError(
+                "a chunk's likelihood needs all of its tokens on one device",
+                where=f"train.text_sets {each.name}, read by a teacher with another tokenizer than the student",
+                value=f"train.sequence_parallel {train.sequence_parallel}",
+                remedy="Set train.sequence_parallel: 1, or leave the set out.",
+            )
+        return data
+
     def _general(self, settings: General, trace_tokens: float) -> Part:
         """So many passes over the general data in an epoch that it makes up its share of the tokens."""
         wanted = settings.share / (1 - settings.share) * trace_tokens
@@ -133,9 +184,7 @@ class Preparation:
             "seed": seed,
         }
         inputs = {"base": base, "rows": rows.digest}
-        self.ranks.on_main(lambda: folder.open(spec_of_stage, inputs) and None)
-        if not self.ranks.is_main:
-            folder.open(spec_of_stage, inputs)
+        self.ranks.main_first(lambda: folder.open(spec_of_stage, inputs) and None)
 
         def load() -> Rollout:
             model, tokenizer = load_student(self.student.path, self.dtype, packed=False)
@@ -150,6 +199,8 @@ class Preparation:
     def _notes(self, parts: list[Part], plan: TrainPlan):
         if parts[0].data.aligned is not None:
             yield parts[0].data.aligned.describe()
+        if self.config.train.text_sets and self.student.loss.kind == "response":
+            yield f"{self.student.name}: kind response learns nothing from train.text_sets, which it leaves out"
         if len(parts) > 1:
             tokens = [sum(part.data.lengths) * part.weight for part in parts]
             shares = [

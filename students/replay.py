@@ -38,7 +38,8 @@ def save_rows(path: Path, batches: list[Batch], settings: LossSettings, normaliz
     for number, batch in enumerate(batches):
         own = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
         kind = next((kind for kind, made in _TARGETS.items() if isinstance(batch.targets, made)), None)
-        own |= {f"targets.{name}": value for name, value in vars(batch.targets).items()} if kind else {}
+        targets = {name: value for name, value in vars(batch.targets).items() if value is not None} if kind else {}
+        own |= {f"targets.{name}": value for name, value in targets.items()}
         tensors |= {f"{number}/{name}": value.contiguous() for name, value in own.items()}
         rows.append({"keys": batch.keys, "seq_lens": batch.seq_lens, "targets": kind})
     about = {"rows": rows, "loss": asdict(settings), "normalizer": normalizer, "sets": sets}

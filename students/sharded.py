@@ -5,6 +5,7 @@ order too. So a rank reads the bytes of its run and nothing else, and the ranks 
 """
 
 import struct
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from transformers.initialization import no_init_weights
 from distill.checkpoints import read_header, weight_files
 from distill.config import Student, Train
 from distill.errors import ModelError
-from students import attention
+from students import attention, swapped
 from students.model import check_student
+from students.optim import offload_places
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -27,23 +29,31 @@ def shards_at_load(train: Train, student: Student) -> bool:
     return train.zero_stage == 3 and student.adapter is None
 
 
-def load_parts(path: str | Path, dtype: torch.dtype, train: Train) -> PreTrainedModel:
+def load_parts(path: str | Path, dtype: torch.dtype, train: Train, offload_dir: Path | None = None) -> PreTrainedModel:
     """The student of a folder or Hub id in train mode, of whose parameters this rank holds its part alone.
 
-    Together the ranks hold one copy in `dtype`, on their devices, or in host memory with train.offload_params cpu.
+    Together the ranks hold one copy in `dtype`, on their devices, or in host memory with train.offload_params cpu, or
+    in files of `offload_dir` with nvme.
     At most one whole parameter exists at a time, while the model is built. All ranks call it at the same time.
     Errors: as load_student; ModelError too when the files lack a parameter or have it in another shape.
     """
     from deepspeed.runtime.zero.partition_parameters import DeepSpeedTensorOverride, Init
 
     folder, config, _ = check_student(path)
-    place = {"offload_param": {"device": "cpu", "pin_memory": True}} if train.offload_params == "cpu" else {}
-    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3, **place}}
+    places = offload_places(train, offload_dir)
+    places.pop("offload_optimizer", None)
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3, **places}}
     settings["bf16"] = {"enabled": dtype == torch.bfloat16}  # else float32
-    # Buffers keep their own dtype: rotary frequencies in bfloat16 would turn the positions of long traces into noise.
-    init = Init(config_dict_or_path=settings, tensor_overrides=[DeepSpeedTensorOverride.device])
+    build = partial(AutoModelForCausalLM.from_config, config, dtype=dtype, attn_implementation=attention.NAME)
+    if train.offload_params == "nvme":
+        with torch.device("meta"):
+            swapped.settle(build(), settings["zero_optimization"])
+        init = swapped.initializer(settings, dtype)
+    else:
+        # Buffers keep their own dtype: rotary frequencies in bfloat16 would turn long traces' positions into noise.
+        init = Init(config_dict_or_path=settings, tensor_overrides=[DeepSpeedTensorOverride.device])
     with init, no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.NAME)
+        model = build()
     model.tie_weights()
     files = {name: (file, entry) for file in weight_files(folder) for name, entry in read_header(file).items()}
     for name, parameter in model.named_parameters():
@@ -54,7 +64,8 @@ def load_parts(path: str | Path, dtype: torch.dtype, train: Train) -> PreTrained
                 value=name,
                 remedy="Save the whole model (with its head, unless it is tied) with save_pretrained.",
             )
-        _read_part(*files[name], name, parameter)
+        with swapped.in_memory(parameter):
+            _read_part(*files[name], name, parameter)
     return model.train()
 
 

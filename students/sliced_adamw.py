@@ -7,6 +7,8 @@ to one of its two neighbours, the nearer the likelier: updates smaller than a st
 nearest would all drop, add up as they should on average.
 """
 
+from collections.abc import Sequence
+from functools import cache
 from zlib import crc32
 
 import torch
@@ -16,6 +18,7 @@ from distill.errors import CapacityError
 
 SLICE = 1 << 26  # elements; a multiple of BLOCK
 BLOCK = 256
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of float32, by the names that every Adam has for them
 
 
 class SlicedAdamW(torch.optim.Optimizer):
@@ -29,7 +32,6 @@ class SlicedAdamW(torch.optim.Optimizer):
     def __init__(self, groups, *, lr: float, betas: tuple, eps: float, weight_decay: float, paged: bool = False):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "moment_bits": 32}
         super().__init__(groups, defaults)
-        self._narrow = {}  # device -> the numbers that codes stand for; of the first and of the second moment
         self._paged = paged
         if any(group["moment_bits"] == 8 for group in self.param_groups):
             self._bitsandbytes = _import_bitsandbytes()
@@ -65,8 +67,7 @@ class SlicedAdamW(torch.optim.Optimizer):
                 state[f"codes{moment}"] = self._codes(count, device)
                 state[f"scales{moment}"] = torch.zeros(blocks, device=device)
         else:
-            state["exp_avg"] = torch.zeros(count, device=device)
-            state["exp_avg_sq"] = torch.zeros(count, device=device)
+            state |= {name: torch.zeros(count, device=device) for name in MOMENTS}
         self.state[parameter] = state
         return state
 
@@ -79,18 +80,14 @@ class SlicedAdamW(torch.optim.Optimizer):
         return codes
 
     def _advance_narrow(self, wide: torch.Tensor, gradient: torch.Tensor, state: dict, part: slice, group: dict):
-        device, (beta1, beta2) = wide.device, group["betas"]
-        if device not in self._narrow:
-            maps = (self._bitsandbytes.create_dynamic_map(signed=signed) for signed in (True, False))
-            self._narrow[device] = [numbers.to(device) for numbers in maps]
+        beta1, beta2 = group["betas"]
         codes = [state[f"codes{moment}"][part] for moment in "12"]
         for each in codes:
             each.is_paged = self._paged  # bitsandbytes asks the tensor itself, and a slice does not inherit it
-        blocks = slice(part.start // BLOCK, -(-part.stop // BLOCK))
-        scales = [state[f"scales{moment}"][blocks] for moment in "12"]
+        scales = [state[f"scales{moment}"][_blocks(part)] for moment in "12"]
         self._bitsandbytes.optimizer_update_8bit_blockwise(
             "adam", gradient, wide, *codes, beta1, beta2, 0.0, 0.0, group["eps"], state["step"], group["lr"],
-            *self._narrow[device], *scales, group["weight_decay"],
+            *_numbers(wide.device), *scales, group["weight_decay"],
         )  # fmt: skip
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -113,6 +110,53 @@ class SlicedAdamW(torch.optim.Optimizer):
                         state[name].copy_(value)
                     else:
                         state[name] = value
+
+    def set_moments(self, parameter: torch.Tensor, group: dict, step: int, moments: Sequence[torch.Tensor]) -> None:
+        """Gives a parameter of `group` these first and second moments, flat float32 on any device, after `step` steps.
+
+        Moments of 8 bits are rounded to the nearest code of their block.
+        """
+        state = self._begin(parameter, group["moment_bits"])
+        state["step"] = step
+        for moment, name, wide in zip("12", MOMENTS, moments):
+            if name in state:
+                state[name].copy_(wide)
+                continue
+            numbers = _numbers(parameter.device)[int(moment) - 1]
+            for start in range(0, wide.numel(), SLICE):
+                part = slice(start, start + SLICE)
+                near = wide[part].to(parameter.device)
+                codes, scales = self._bitsandbytes.quantize_blockwise(near, code=numbers, blocksize=BLOCK)
+                state[f"codes{moment}"][part] = codes
+                state[f"scales{moment}"][_blocks(part)] = scales.absmax
+
+
+def widened(state: dict) -> dict:
+    """A parameter's state with moments of float32 in place of codes: the numbers that they stand for, exactly."""
+    wide = {name: value for name, value in state.items() if not name.startswith(("codes", "scales"))}
+    if len(wide) == len(state):
+        return state
+    for moment, name in zip("12", MOMENTS):
+        codes, scales = state[f"codes{moment}"], state[f"scales{moment}"]
+        numbers = _numbers(codes.device)[int(moment) - 1]
+        wide[name] = torch.empty(codes.numel(), device=codes.device)
+        for start in range(0, codes.numel(), SLICE):
+            part = slice(start, start + SLICE)
+            scale = scales[_blocks(part)].repeat_interleave(BLOCK)
+            wide[name][part] = numbers[codes[part].int()] * scale[: codes[part].numel()]
+    return wide
+
+
+@cache
+def _numbers(device: torch.device) -> list[torch.Tensor]:
+    """What the 256 codes stand for, before scaling: of the first moment, -0.993 to 1, and of the second, 0 to 1."""
+    maps = (_import_bitsandbytes().create_dynamic_map(signed=signed) for signed in (True, False))
+    return [numbers.to(device) for numbers in maps]
+
+
+def _blocks(part: slice) -> slice:
+    """The blocks of a slice of elements that begins with a block."""
+    return slice(part.start // BLOCK, -(-part.stop // BLOCK))
 
 
 def _advance_wide(wide: torch.Tensor, gradient: torch.Tensor, state: dict, part: slice, group: dict) -> None:

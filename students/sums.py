@@ -20,6 +20,6 @@ def _add(total, part, count, SIZE: tl.constexpr):
 
 
 def add(total: torch.Tensor, part: torch.Tensor) -> None:
-    """total += part, bit for bit. total: float32, contiguous; part: as many elements of any dtype, in the same order."""
+    """total += part, bit for bit. total: float32, contiguous; part: any dtype, as many elements in the same order."""
     count = total.numel()
     _add[(triton.cdiv(count, SIZE),)](total, part.contiguous(), count, SIZE=SIZE, num_warps=WARPS)

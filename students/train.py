@@ -40,12 +40,12 @@ from students.log import TrainLog
 from students.mixture import Mixture
 from students.model import load_student, train_dtype
 from students.packing import StepPlan, TrainPlan
-from students.prepare import Preparation
+from students.prepare import OwnText, Preparation
 from students.schedule import learning_rate
 from students.sharded import load_parts, shards_at_load
 from students.step import LossSettings, StudentStep
 
-MODEL, SUMMARY, CHECKPOINTS = "model", "train.json", "checkpoints"
+MODEL, SUMMARY, CHECKPOINTS, OFFLOAD = "model", "train.json", "checkpoints", "offload"
 
 
 def train_student(
@@ -57,26 +57,29 @@ def train_student(
     ranks: Ranks,
     tracker: Tracker,
     asked: Sequence[Prompt] = (),
+    said: OwnText | None = None,
 ) -> dict:
     """Counts of the finished training: steps, tokens, trained_tokens, traces read and dropped, last loss, wall_s.
 
     The student is stage.path/model, a Hugging Face folder. logits is read when student.loss.kind is "logits" alone.
-    asked: what the evaluation asks; general data and other runs' traces that ask it too are left out.
+    asked: what the evaluation asks; general data and other runs' traces that ask it too are left out. said: what the
+    student said in a round, to train on beside the run's traces and in place of all else.
     Already finished: the counts of then. SIGTERM: a checkpoint is written and the process exits with status 0.
     Errors: DataError for traces that do not fit, ModelError when loss or gradient is not finite; the step's traces are
     then kept in nan-step-N (students/replay.py) and no weight has changed.
     """
     folder = stage.path
-    if done := ranks.on_main(lambda: _finished(folder)):
-        return done
+    if ranks.on_main(lambda: is_trained(folder)):
+        return ranks.on_main(lambda: files.read_json(folder / SUMMARY, f"Delete {folder / SUMMARY} and run again."))
     started_s = time.monotonic()
     dtype = train_dtype(config.train.dtype, ranks.device)
     tokenizer = load_tokenizer(resolve_checkpoint(student.path))
-    prepared = Preparation(config, student, tokenizer, stage, ranks, dtype, asked).run(traces, logits)
+    preparation = Preparation(config, student, tokenizer, stage, ranks, dtype, asked)
+    prepared = preparation.run(traces, logits) if said is None else preparation.run_on(said, traces, logits)
     for note in prepared.notes:
         ranks.print(note)
     if shards_at_load(config.train, student):
-        model = load_parts(student.path, dtype, config.train)
+        model = load_parts(student.path, dtype, config.train, folder / OFFLOAD)
     else:
         model, _ = load_student(student.path, dtype)
     if student.adapter is not None:
@@ -90,10 +93,9 @@ def train_student(
     return ranks.on_main(run.finish)
 
 
-def _finished(folder: Path) -> dict | None:
-    if (folder / MODEL).is_dir() and (folder / SUMMARY).is_file():
-        return files.read_json(folder / SUMMARY, f"Delete {folder / SUMMARY} and run again.")
-    return None
+def is_trained(folder: Path) -> bool:
+    """Whether a training has ended there."""
+    return (folder / MODEL).is_dir() and (folder / SUMMARY).is_file()
 
 
 @dataclass
@@ -128,7 +130,7 @@ class StudentRun:
         most = -(-self.plan.rows_per_step * self.train.sequence_parallel // (self.ranks.world * self.rows))
         geometry = self.student.geometry or read_geometry(resolve_checkpoint(self.student.path), "students.N.path")
         self.speed = metrics.Speed(self.plan, geometry, dtype, self.ranks.device, self.ranks.world)
-        offload_dir = self.folder / "offload"
+        offload_dir = self.folder / OFFLOAD
         return StudentEngine(module, self.train, self.ranks, dtype=dtype, micro_batches=most, offload_dir=offload_dir)
 
     def loop(self, engine: StudentEngine) -> None:

@@ -7,16 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
+from distill.checkpoints import fingerprint_checkpoint, resolve_checkpoint
 from distill.errors import StoreError
 from distill.records import Prompt, Verdict
 from distill.store import Shard, StageFolder
 from distill.traceset import PROMPT_COLUMNS, prompt_of_row, read_rows
+
+if TYPE_CHECKING:
+    from distill.config import Student
 
 SAMPLE_COLUMNS = {  # one entry a sample, by sample_index; names as in the trace set where it has them
     "seed": pa.list_(pa.int64()),
@@ -135,3 +142,13 @@ def _ballot(verdict: str, extracted: str | None) -> str | None:
 
 def _candidate_of(shard: Shard) -> Candidate:
     return Candidate(**{key: shard.info.get(key, "") for key in ("name", "role", "base", "loss", "fingerprint")})
+
+
+def candidate(name: str, role: str, path: str, **more: str) -> Candidate:
+    """A model of the evaluation, identified by its weights."""
+    return Candidate(name=name, role=role, fingerprint=fingerprint_checkpoint(resolve_checkpoint(path)), **more)
+
+
+def base_name(student: Student, students: Sequence[Student]) -> str:
+    """ "base" where all students start from one model, else "base-" and the folder's name."""
+    return "base" if len({each.path for each in students}) == 1 else f"base-{Path(student.path).name}"

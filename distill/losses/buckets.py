@@ -10,12 +10,16 @@ For forward KL this is the cross-entropy of the text with its first part average
 Buckets of one member, with s among them, make the second term 0 and the first the loss of sparse.py. A row without
 outcomes (tail 1) is plain cross-entropy.
 
+The second term is right on average over tokens that the teacher drew. Text that it only read (a human's, the student's
+own) is no sample of it: there the first term stands without it, beside how likely whole chunks are (chunks.py).
+
 In logits: the outcome of bucket B is y_B = logsumexp of its members, so a gradient g to y_B is g times the softmax
 within B to each member.
 
 Shape legend: N tokens, K members (padded), G outcomes (padded).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,12 +34,18 @@ class BucketedTargets:
 
     ids_NK: int64 student ids, distinct within a row. group_NK: int64, the outcome 0 .. G-1 that each belongs to, -1
     where padded. logprobs_NG: log-probability of each outcome, -inf where padded. tail_N: mass of every other token.
+    drawn_N: bool, whether the teacher drew the token, so that the second term stands; None where it drew all.
+    chunk_N: int64, equal for the tokens of one chunk, -1 outside of any, and chunk_logprobs_N: the teacher's
+    log-probability of that chunk; None without chunks.
     """
 
     ids_NK: Tensor
     group_NK: Tensor
     logprobs_NG: Tensor
     tail_N: Tensor
+    drawn_N: Tensor | None = None
+    chunk_N: Tensor | None = None
+    chunk_logprobs_N: Tensor | None = None
 
     @property
     def padded_NK(self) -> Tensor:
@@ -47,10 +57,13 @@ class BucketedTargets:
         return self.logprobs_NG
 
     def rows(self, index: Tensor | slice) -> "BucketedTargets":
-        return BucketedTargets(self.ids_NK[index], self.group_NK[index], self.logprobs_NG[index], self.tail_N[index])
+        return self._each(lambda x: x[index])
 
     def to(self, device: torch.device | str) -> "BucketedTargets":
-        return BucketedTargets(*(x.to(device) for x in (self.ids_NK, self.group_NK, self.logprobs_NG, self.tail_N)))
+        return self._each(lambda x: x.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "BucketedTargets":
+        return BucketedTargets(*(None if x is None else change(x) for x in vars(self).values()))
 
     def check(self, vocab_size: int, *, distinct: bool = True) -> None:
         """Raise DataError, naming the row, for ids outside the vocabulary or twice, or masses that do not sum to 1."""

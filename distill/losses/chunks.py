@@ -8,6 +8,9 @@ model says how likely it is that the text goes on with it; that yes or no is a B
 It is 0 where both agree, and unlike the cross-entropy of a sampled token it is right for any text: a human's, or what
 the student wrote itself. Binarised likelihood matching, Minixhofer, Vulic and Ponti 2025.
 
+In the fused loss a chunk's tokens may be far apart, and the loss is no sum over them. It enters as its tangent at the
+student as it is: weights of their cross-entropies, and constants, with the value and the gradient of the loss.
+
 Shape legend: N tokens, C chunks.
 """
 
@@ -28,6 +31,31 @@ def chunk_divergence(teacher_C: Tensor, student_C: Tensor, temperature: float = 
     no_C = _log1mexp(_below_zero(q_C))
     yes_part_C = q_C.exp() * (q_C - p_C)
     return yes_part_C + torch.where(q_C < 0, no_C.exp() * (no_C - _log1mexp(p_C)), 0)
+
+
+def tangent(logp_N: Tensor, chunk_N: Tensor, teacher_N: Tensor) -> tuple[Tensor, Tensor]:
+    """(slope_N, offset_N): slope * cross-entropy + offset, summed over the tokens, has the value and the gradient of
+    the sum of chunk_divergence over the chunks.
+
+    logp_N: the student's log-probability of each token. chunk_N: int64, equal for the tokens of a chunk, -1 for tokens
+    of none, whose slope and offset are 0. teacher_N: the teacher's log-probability of each token's chunk.
+    """
+    inside = (chunk_N >= 0).nonzero().squeeze(1)
+    names, chunk_I = chunk_N[inside].unique(return_inverse=True)
+    chunks, logp_I = len(names), logp_N[inside]
+    teacher_C = logp_N.new_zeros(chunks).index_copy(0, chunk_I, teacher_N[inside].to(logp_N.dtype))
+    student_C = chunk_logprobs(logp_I, chunk_I, chunks)
+    value_C = chunk_divergence(teacher_C, student_C)
+    # How far a chunk is from certain is known to the rounding of its logarithm alone; the slope divides by it.
+    nearest = -(torch.finfo(logp_N.dtype).eps ** 0.5)
+    with torch.enable_grad():
+        at_C = student_C.detach().clamp(max=nearest).requires_grad_()
+        (grad_C,) = torch.autograd.grad(chunk_divergence(teacher_C, at_C).sum(), at_C)
+    sizes_C = torch.bincount(chunk_I, minlength=chunks)
+    slope_N, offset_N = torch.zeros_like(logp_N), torch.zeros_like(logp_N)
+    slope_N[inside] = -grad_C[chunk_I]
+    offset_N[inside] = (value_C / sizes_C)[chunk_I] + slope_N[inside] * logp_I
+    return slope_N, offset_N
 
 
 def _below_zero(log_C: Tensor) -> Tensor:

@@ -3,6 +3,9 @@ only.
 
 loss = sum_n scale_n [alpha D_n + (1 - alpha) CE_n + z_loss lse_n^2],  scale_n = w_n / normalizer (reduce.py)
 
+Chunks of text that the teacher only read add alpha times their own loss (chunks.py); the logits of their tokens are
+made once more, before all others.
+
 The loss is linear in the gradient that autograd hands back, so dL/dlogits is formed in the forward pass, while the
 chunk's logits are there, and the head costs three matrix products instead of six. The backward pass only multiplies by
 a scalar.
@@ -18,6 +21,7 @@ import importlib.util
 import math
 import os
 import warnings
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -25,6 +29,7 @@ from torch import Tensor
 
 from distill.errors import ConfigError, DataError
 from distill.losses.buckets import BucketedTargets
+from distill.losses.chunks import tangent
 from distill.losses.dense_chunk import dense_chunk
 from distill.losses.divergence import check_settings
 from distill.losses.head import Head, HeadGradients, operand_dtype
@@ -238,6 +243,7 @@ def _run(inputs: tuple[Tensor, Tensor, Tensor | None], whole: Job):
     weight_VH = head_VH.detach()[: job.vocab_size].to(job.operand_dtype)
     bias = None if bias_V is None else bias_V.detach()[: job.vocab_size].to(job.dtype)
     head = Head(weight_VH, bias, job.logit_scale, job.softcap)
+    job = _with_chunks(job, hidden_NH, head)
     gradients = HeadGradients(inputs, rows, job)
     loss = torch.zeros((), dtype=torch.float64, device=hidden_NH.device)
     sums_M = LossMetrics.zeros(hidden_NH.device).as_tensor()
@@ -257,6 +263,19 @@ def _run(inputs: tuple[Tensor, Tensor, Tensor | None], whole: Job):
             gradients.take(buffers.stash, hidden_NH[part], part, weight_VH, only=tokens <= job.block_tokens)
     buffers = None  # before the gradients are converted
     return (loss / job.unit).to(job.dtype), sums_M, gradients.finished()
+
+
+def _with_chunks(job: Job, hidden_NH: Tensor, head: Head) -> Job:
+    """The job with the loss of its targets' chunks, if they have any."""
+    chunk_N = getattr(job.targets, "chunk_N", None)
+    if chunk_N is None:
+        return job
+    logp_N = torch.zeros(chunk_N.shape, dtype=job.dtype, device=chunk_N.device)
+    for rows in (chunk_N >= 0).nonzero().squeeze(1).split(job.chunk_tokens):
+        logits_CV = head.logits(hidden_NH[rows])
+        logp_N[rows] = logits_CV.gather(1, job.labels_N[rows, None]).squeeze(1) - torch.logsumexp(logits_CV, 1)
+    slope_N, offset_N = tangent(logp_N, chunk_N, job.targets.chunk_logprobs_N)
+    return replace(job, slope_N=slope_N, offset_N=offset_N)
 
 
 class _Buffers:

@@ -50,6 +50,8 @@ class Job:
     needs_grad: tuple[bool, bool, bool] = field(default=(False, False, False))  # hidden, head, bias
     set_N: Tensor | None = None  # which entry of set_losses_S each token's share of the loss is added to
     set_losses_S: Tensor | None = None
+    slope_N: Tensor | None = None  # with offset_N: the chunks' loss as its tangent (chunks.py), weighted as D is
+    offset_N: Tensor | None = None
 
     def valid(self) -> tuple["Job", Tensor | None]:
         """This job over its valid tokens alone, and their positions; itself and None where all are valid."""
@@ -68,6 +70,8 @@ class Job:
     def mix(self, value_C: Tensor, ce_C: Tensor, lse_C: Tensor, part: slice) -> Tensor:
         """The loss of a chunk: its tokens' divergence, cross-entropy and z-loss, weighted and summed."""
         scale_C, alpha_C = self.scale_N[part], self.alpha_N[part]
+        if self.slope_N is not None:
+            value_C = value_C + self.slope_N[part] * ce_C + self.offset_N[part]
         loss_C = alpha_C * value_C + (1 - alpha_C) * ce_C
         if self.z_loss:
             loss_C = loss_C + self.z_loss * lse_C.square()
@@ -83,5 +87,7 @@ class Job:
         """What the gradient to the logits takes times dD/dz, times p, and off at the label: each [C, 1]."""
         scale_C, alpha_C = self.scale_N[part], self.alpha_N[part]
         ce_scale_C = scale_C * (1 - alpha_C)
+        if self.slope_N is not None:
+            ce_scale_C = ce_scale_C + scale_C * alpha_C * self.slope_N[part]
         p_scale_C = ce_scale_C + 2 * self.z_loss * lse_C * scale_C
         return tuple(x_C.unsqueeze(1) for x_C in (scale_C * alpha_C, p_scale_C, ce_scale_C))

@@ -93,17 +93,22 @@ def sparse_chunk(
     lse_C1 = torch.logsumexp(y_CG1, 1, keepdim=True)
     ce_C = (lse_C1 - rest.label_logit_C1).squeeze(1)
     value_C, kl_C, grad_CG1 = _divergence(y_CG1, logp_CG1, targets, job)
-    home_CG1 = _home(targets, labels_C, y_CG1) if bucketed else None
-    trained_C = value_C if home_CG1 is None else value_C + (home_CG1 * y_CG1).sum(1) - rest.label_logit_C1.squeeze(1)
+    home_CG1 = drawn_C1 = None
+    if bucketed:  # - log P(label | its bucket), of tokens that the teacher drew
+        drawn_C1 = torch.ones_like(lse_C1) if targets.drawn_N is None else targets.drawn_N.to(job.dtype).unsqueeze(1)
+        home_CG1 = _home(targets, labels_C, y_CG1) * drawn_C1
+    trained_C = value_C
+    if bucketed:
+        trained_C = value_C + (home_CG1 * y_CG1).sum(1) - (drawn_C1 * rest.label_logit_C1).squeeze(1)
     loss = job.mix(trained_C, ce_C, lse_C1.squeeze(1), part)
     sums_M = _metrics(targets, rest, ce_C, value_C, kl_C, lse_C1, p_CG1, outcomes_CG)
     if not any(job.needs_grad):
         return loss, sums_M, None
     teacher_C1, p_C1, ce_C1 = job.coefficients(lse_C1.squeeze(1), part)
     grad_CG1 = p_CG1.mul_(p_C1) if grad_CG1 is None else grad_CG1.mul_(teacher_C1).add_(p_CG1.mul_(p_C1))
-    if home_CG1 is not None:  # - log P(label | its bucket): up for the whole bucket, down at the label
+    if bucketed:  # up for the whole bucket, down at the label
         grad_CG1 += home_CG1 * teacher_C1
-        ce_C1 = ce_C1 + teacher_C1
+        ce_C1 = ce_C1 + drawn_C1 * teacher_C1
     grad_CK = grad_CG1[:, :-1]
     if bucketed:
         shares_CK = targets.shares(rest.support_CK, outcomes_CG)

@@ -212,6 +212,17 @@ CONTRADICTIONS = [
     (["train.offload=nvme"], "train.zero_stage", "it must be >= 3 with train.offload nvme"),
     (["train.offload=cpu", "train.zero_stage=0"], "train.zero_stage", "it must be >= 1 with train.offload cpu"),
     (["train.offload_params=cpu"], "train.zero_stage", "it must be 3 with train.offload_params"),
+    (["train.offload_params=nvme"], "train.zero_stage", "it must be 3 with train.offload_params"),
+    (
+        ["train.offload_params=nvme", "train.zero_stage=3", "train.optimizer=adamw8bit"],
+        "train.offload_params",
+        "need master weights of float32",
+    ),
+    (
+        ["train.offload_params=nvme", "train.zero_stage=3", "train.ema_decay=0.9"],
+        "train.ema_decay",
+        "weights in files have no average",
+    ),
     (["train.optimizer=adamw8bit", "train.offload=cpu"], "train.optimizer", "its state cannot be offloaded"),
     (["train.master_weights=none", "train.offload=cpu"], "train.master_weights", "offloaded state comes with them"),
     (["train.master_weights=none", "train.dtype=float32"], "train.master_weights", "Use float32, or dtype: bfloat16"),
@@ -310,6 +321,7 @@ def test_describe_names_every_setting_with_its_unit_and_bounds():
     lines = table.splitlines()
     for path, info in settings(Config):
         first = path.replace("prompts.eval.", "prompts.train.").replace("students.N.geometry.", "teacher.geometry.")
+        first = first.replace("train.text_sets.N.source(", "train.general.sources.N(")
         assert any(line.startswith(f"{first} ") for line in lines), path
         assert info.description or path.endswith(".kind"), path
 

@@ -16,6 +16,15 @@ def ranks():
 
 
 @pytest.fixture(scope="session")
+def aio():
+    """What DeepSpeed reads and writes files with; compiled at its first use."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("libaio is not installed")
+
+
+@pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A folder with model/ (a Qwen3 with a tied head) and run/ with 24 traces and their distributions."""
     root = tmp_path_factory.mktemp("world")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from student_world import make_model, settings
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill.errors import ModelError
 from students.sharded import load_parts, shards_at_load
@@ -33,6 +34,27 @@ def test_parts_are_the_numbers_of_the_files_and_no_rank_holds_the_model(ranks, t
     found = launch(tmp_path, ranks)
     assert found["equal"] and found["buffers"]
     assert max(found["bytes"]) < 0.85 * whole < 0.95 * whole < min(found["whole_bytes"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parts_in_files_are_the_numbers_of_the_weights(ranks, aio, tmp_path, dtype):
+    """Matrices of a MB and more; the embedding, larger than any of a layer, stays in memory."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    config = AutoConfig.from_pretrained(make_model(tmp_path / "model", tie=False, hidden=1024))
+    config.vocab_size = 1600  # by 1024; a layer's largest is 1536 x 1024
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    train = settings(tmp_path, zero_stage=3, offload_params="nvme").train
+    model = load_parts(tmp_path / "model", dtype, train, tmp_path / "files")
+    expected = load_file(tmp_path / "model" / "model.safetensors")
+    large = {n: value for n, value in expected.items() if "layers" in n and value.numel() * dtype.itemsize >= 1 << 20}
+    assert large.keys() == {n for n, each in model.named_parameters() if each.ds_tensor.final_location == "nvme"}
+    for name, parameter in model.named_parameters():
+        with GatheredParameters([parameter]):
+            assert torch.equal(parameter, expected[name].to(dtype))
+    sizes = [path.stat().st_size for path in (tmp_path / "files").rglob("*.swp")]
+    assert sorted(sizes) == sorted(value.numel() * dtype.itemsize for value in large.values())
 
 
 def test_a_tied_head_is_one_parameter(ranks, tmp_path):

@@ -89,6 +89,24 @@ def test_a_loaded_state_is_a_copy_and_of_its_own_dtypes():
         SlicedAdamW(weights[:2], **OPTIONS).load_state_dict(held)
 
 
+def test_widened_codes_are_the_numbers_and_given_moments_the_nearest_codes(small_slices):
+    """Moments that were codes are found again but for rounding; those of 32 bits are kept as they are."""
+    weights = parameters()
+    groups = [{"params": weights[:2], "moment_bits": 8}, {"params": weights[2:]}]
+    optimizer = SlicedAdamW(groups, **OPTIONS)
+    run(optimizer, weights, 3)
+    expected = [sliced_adamw.widened(optimizer.state[weight]) for weight in weights]
+    other = SlicedAdamW(groups, **OPTIONS)
+    for weight, group, wide in zip(weights, [groups[0], *groups], expected):
+        other.set_moments(weight, group, 3, [wide[name] for name in sliced_adamw.MOMENTS])
+        found = sliced_adamw.widened(other.state[weight])
+        assert found["step"] == 3 and wide["exp_avg"].abs().max() > 0
+        for name, gap in (("exp_avg", 0.0142), ("exp_avg_sq", 0.0071)):  # between codes, over the block's largest
+            gap = 0.0 if group is groups[1] else gap
+            for got, want in zip(found[name].split(sliced_adamw.BLOCK), wide[name].split(sliced_adamw.BLOCK)):
+                assert (got - want).abs().max() <= gap / 2 * want.abs().max()
+
+
 def test_random_rounding_is_right_on_average_and_exact_on_bfloat16():
     exact = torch.randn(1000).bfloat16().float()
     assert torch.equal(round_at_random(exact, 3).float(), exact)

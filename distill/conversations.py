@@ -1,0 +1,147 @@
+"""Conversations and texts from files that no teacher wrote, and which of them it can read.
+
+Every turn of the assistant is a text of its own, after the conversation before it.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerFast
+
+from distill import prompts
+from distill.config_mixture import GeneralSource, TextSource
+from distill.errors import DataError
+from distill.records import prompt_key
+from distill.tokens import THINK_CLOSE, encode_completion, end_id, render_chat, split_thinking, token_bytes
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+REJECTED = ("no_assistant", "duplicate", "refused", "not_round_trip", "too_long")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One conversation that ends with the assistant, or one plain text (messages empty)."""
+
+    messages: tuple[tuple[str, str], ...]
+    text: str = ""
+
+    @property
+    def key(self) -> str:
+        return prompt_key(self.text or json.dumps(self.messages, ensure_ascii=False))
+
+    @property
+    def questions(self) -> list[str]:
+        """What must not be asked in the evaluation."""
+        return [content for role, content in self.messages if role == "user"] or [self.text]
+
+    @property
+    def answer(self) -> str:
+        """What the assistant writes behind "<think>\\n": its reasoning, or none, the closing tag and the answer."""
+        thinking, answer = split_thinking(self.messages[-1][1])
+        thinking, answer = ("", thinking) if answer is None else (thinking, answer)
+        return f"{thinking}{THINK_CLOSE}\n{answer}"
+
+    def prompt_ids(self, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+        """Up to where the assistant answers; of plain text its first token. DataError for a message that holds one of
+        the tokenizer's special tokens."""
+        if not self.messages:
+            return encode_completion(tokenizer, self.text)[:1]
+        return render_chat(tokenizer, [{"role": role, "content": content} for role, content in self.messages[:-1]])
+
+    def completion_ids(self, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+        """The data's own answer, with its end token; of plain text all but the first token."""
+        if not self.messages:
+            return encode_completion(tokenizer, self.text)[1:]
+        return [*encode_completion(tokenizer, self.answer), end_id(tokenizer)]
+
+
+def rows_of(source: GeneralSource) -> Iterator[Row]:
+    """The rows of a file or data set, each a conversation that ends with the assistant, or a text; DataError for
+    another."""
+    for where, row in prompts.source_rows(source, [source.field]):
+        value = row.get(source.field)
+        if isinstance(value, str) and value.strip():
+            yield Row((), value)
+        elif _is_conversation(value):
+            yield Row(tuple((message["role"], message["content"]) for message in value))
+        else:
+            raise DataError(
+                f"the field {source.field!r} is neither text nor a conversation that ends with the assistant",
+                where=where,
+                value=str(value)[:80],
+                remedy="Write [{role: user, content: ...}, {role: assistant, content: ...}], or name another field.",
+            )
+
+
+def _is_conversation(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) > 1
+        and all(isinstance(m, dict) and isinstance(m.get("content"), str) and m.get("role") for m in value)
+        and value[-1]["role"] == "assistant"
+    )
+
+
+def _is_list_of_messages(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(m, dict) and isinstance(m.get("content"), str) and isinstance(m.get("role"), str) for m in value
+    )
+
+
+def read_turns(source: TextSource, counts: Counter) -> list[Row]:
+    """The assistant's turns of all conversations of a source, each once.
+
+    counts: read (conversations), turns; no_assistant (conversations without an answer to anything), duplicate and,
+    where JSON holds half a character, not_round_trip are added.
+    Errors: DataError for a row that is no conversation, or when nothing is left.
+    """
+    rows: dict[str, Row] = {}
+    for where, found in prompts.source_rows(source, [source.field]):
+        messages = found.get(source.field)
+        if not _is_list_of_messages(messages):
+            raise DataError(
+                f"the field {source.field!r} is no conversation",
+                where=where,
+                value=str(messages)[:80],
+                remedy="Write [{role: user, content: ...}, {role: assistant, content: ...}], or name another field.",
+            )
+        counts["read"] += 1
+        turns = [i for i, m in enumerate(messages) if i and m["role"] == "assistant" and m["content"].strip()]
+        counts["no_assistant"] += not turns
+        for i in turns:
+            row = Row(tuple((m["role"], m["content"]) for m in messages[: i + 1]))
+            if any(_SURROGATE.search(content) for _, content in row.messages):
+                counts["not_round_trip"] += 1
+            else:
+                counts["duplicate"] += rows.setdefault(row.key, row) is not row
+    counts["turns"] += len(rows)
+    if not rows:
+        raise DataError(
+            f"no conversation of {counts['read']} holds an answer of the assistant",
+            where=source.path,
+            remedy="Give conversations with role: assistant in them.",
+        )
+    return list(rows.values())
+
+
+class Readable:
+    """Which turns a model with this tokenizer can read, in its tokens. max_tokens: of the whole conversation."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, max_tokens: int):
+        self.tokenizer, self.max_tokens, self._bytes_V = tokenizer, max_tokens, token_bytes(tokenizer)
+
+    def ids(self, row: Row) -> tuple[list[int], list[int]] | str:
+        """(prompt, completion), or why not: one of REJECTED."""
+        try:
+            prompt_ids = row.prompt_ids(self.tokenizer)
+        except DataError:
+            return "refused"  # a special token in a message, or roles that the chat template does not take
+        completion_ids = row.completion_ids(self.tokenizer)
+        if b"".join(self._bytes_V[i] for i in completion_ids[:-1]) != row.answer.encode():
+            return "not_round_trip"  # a normalizer wrote it otherwise
+        if len(prompt_ids) + len(completion_ids) > self.max_tokens:
+            return "too_long"
+        return prompt_ids, completion_ids
