@@ -7,7 +7,7 @@
 One of the two sizes divides the other. No torch here: configs are checked with it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,13 @@ class Split:
     @property
     def shares(self) -> int:
         return self.world // self.tensor_parallel
+
+    def turns(self, missing: Sequence[str]) -> list[str | None]:
+        """What of the missing shards this rank works on, in order. None: it only takes part, because ranks that hold
+        one copy work together, those without a shard in the last turn too."""
+        mine = missing[self.share :: self.shares]
+        turns = -(-len(missing) // self.shares) if self.size > 1 else len(mine)
+        return [*mine, None][:turns]
 
 
 def ways_problems(tensor_parallel: int, expert_parallel: int, ranks: int) -> Iterator[str]:

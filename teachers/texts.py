@@ -88,10 +88,8 @@ class TextStage:
         size = self.config.traces.shard_prompts
         shards = {f"{self.each.name}-{i // size:05d}.cache": texts[i : i + size] for i in range(0, len(texts), size)}
         missing = self.ranks.on_main(lambda: [name for name in shards if not self.stage.has_shard(name)])
-        mine = missing[self.split.share :: self.split.shares]
-        # Ranks that hold one copy score together: those without a shard in the last round still take part in it.
-        rounds = -(-len(missing) // self.split.shares) if self.split.size > 1 else len(mine)
-        if not rounds:
+        turns = self.split.turns(missing)
+        if not turns:
             return
         engine = self.load_teacher()
         total, todo = (
@@ -100,7 +98,7 @@ class TextStage:
         )
         about = {"desc": f"read {self.each.name}", "unit": "tok", "unit_scale": True, "disable": not self.ranks.is_main}
         with tqdm(total=total, initial=total - todo, **about) as bar:
-            for name in [*mine, None][:rounds]:
+            for name in turns:
                 self._make_shard(name, shards.get(name, []), engine, bar)
 
     def _make_shard(self, name: str | None, texts: Sequence[Text], engine: TeacherEngine, bar: tqdm) -> None:

@@ -41,10 +41,8 @@ class TracesStage:
         size = self.config.traces.shard_prompts
         shards = {f"traces-{i // size:05d}": prompts[i : i + size] for i in range(0, len(prompts), size)}
         missing = self.ranks.on_main(lambda: [name for name in shards if not self._complete(name)])
-        mine = missing[self.split.share :: self.split.shares]
-        # Ranks that hold one copy sample together: those without a shard in the last round still take part in it.
-        rounds = -(-len(missing) // self.split.shares) if self.split.size > 1 else len(mine)
-        if not rounds:
+        turns = self.split.turns(missing)
+        if not turns:
             return
         engine = self.load_teacher()
         total, todo = (
@@ -55,7 +53,7 @@ class TracesStage:
             Grader() as grader,
             tqdm(total=total, initial=total - todo, desc="traces", unit="trace", disable=not self.ranks.is_main) as bar,
         ):
-            for name in [*mine, None][:rounds]:
+            for name in turns:
                 self._make_shard(name, shards.get(name, []), engine, grader, bar)
 
     def _complete(self, name: str) -> bool:

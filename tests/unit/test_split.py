@@ -46,6 +46,17 @@ def test_every_expert_and_head_is_held_once_in_a_copy_and_every_request_is_worke
         assert len(group) == tensor and len({each.block for each in group}) == 1
 
 
+@given(layouts(), st.integers(0, 9))
+def test_every_shard_is_worked_on_once_a_share_and_a_copy_takes_its_turns_together(layout, count):
+    tensor, expert, world = layout
+    shards = [f"{number:05d}" for number in range(count)]
+    turns = [Split(tensor, expert, rank, world).turns(shards) for rank in range(world)]
+    speakers = [rank for rank in range(world) if Split(tensor, expert, rank, world).tensor_rank == 0]
+    assert sorted(name for rank in speakers for name in turns[rank] if name) == shards
+    for block in Split(tensor, expert, 0, world).blocks:
+        assert len({len(turns[rank]) for rank in block}) == 1
+
+
 @given(layouts(), st.integers(1, 7))
 def test_every_routed_expert_answers_once_in_a_copy_from_where_its_weights_are(layout, each):
     tensor, expert, world = layout
