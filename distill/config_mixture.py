@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -15,7 +16,7 @@ from distill.errors import DataError, DistillError, StoreError
 if TYPE_CHECKING:
     from distill.config import Config
 
-RESERVED_NAMES = ("traces", "general")  # sets that have their names already
+RESERVED_NAMES = ("traces", "general", "said")  # sets that have their names already
 
 
 class TraceSet(Section):
@@ -93,7 +94,7 @@ class OnPolicy(Section):
         None, "training prompts of a round, others in each; null takes all", unit="prompts", ge=1
     )
     share: float = setting(
-        0.5, "of a round's tokens that the student wrote; the others are of traces", gt=0, lt=1, use="Use 0.5."
+        0.5, "of a round's tokens that the student wrote; the others are of traces", ge=0.01, lt=1, use="Use 0.5."
     )
     lr_ratio: float = setting(0.1, "peak learning rate of a round over train.lr", gt=0, le=1)
 
@@ -138,6 +139,9 @@ def mixture_problems(config: Config, origin: Origin) -> Iterator[Problem]:
         loc = ("train", "text_sets", i, "name")
         if each.name in taken:
             yield Problem((loc,), f"{origin.name(loc)} is {each.name!r}; that set is there already. Use another name.")
+        if each.name.endswith((".json", ".cache")):
+            must = "its folder in 3-logits would have the name of a file there. Use another name."
+            yield Problem((loc,), f"{origin.name(loc)} is {each.name!r}; {must}")
         taken.add(each.name)
     loc = ("train", "text_sets")
     if config.train.text_sets and config.teacher.capture is None:
@@ -168,8 +172,13 @@ def missing_for_mixture(config: Config) -> Iterator[DistillError]:
     named = [(f"train.general.sources.{i}", s) for i, s in enumerate(train.general.sources if train.general else ())]
     named += [(f"train.text_sets.{i}.source", each.source) for i, each in enumerate(train.text_sets)]
     for name, source in named:
-        if source.kind == "jsonl" and not Path(source.path).is_file():
+        if source.kind == "bundled":
+            continue
+        path, remote = Path(source.path), source.kind == "hf" and not source.path.startswith((".", "/", "~"))
+        if not (path.is_file() or remote or (source.kind == "hf" and path.is_dir())):
             yield DataError(
                 f"{name}.path is {source.path}, and there is no such file",
                 remedy="Correct the path; relative ones are taken from the folder in which the command runs.",
             )
+        elif path.exists() and not os.access(path, os.R_OK):
+            yield DataError(f"{name}.path is {source.path}, which may not be read", remedy="Give this user the right.")

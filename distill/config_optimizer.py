@@ -84,8 +84,8 @@ def missing_for_optimizer(config: Config) -> Iterator[DistillError]:
         yield CapacityError(
             f"train.{on_nvme[0]} is nvme, for which DeepSpeed compiles an operator with libaio, but that cannot be "
             "linked",
-            remedy="Install it (Debian: apt-get install libaio-dev; elsewhere CFLAGS and LDFLAGS may name its folder), "
-            "or use cpu.",
+            remedy="Install it (Debian: apt-get install libaio-dev; elsewhere CPATH, LIBRARY_PATH and LD_LIBRARY_PATH "
+            "may name its folder), or use cpu.",
         )
 
 

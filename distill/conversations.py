@@ -33,6 +33,11 @@ class Row:
         return prompt_key(self.text or json.dumps(self.messages, ensure_ascii=False))
 
     @property
+    def is_broken(self) -> bool:
+        """Whether it holds half a character, which JSON can write and UTF-8 cannot."""
+        return any(_SURROGATE.search(text) for text in [self.text, *(part for m in self.messages for part in m)])
+
+    @property
     def questions(self) -> list[str]:
         """What must not be asked in the evaluation."""
         return [content for role, content in self.messages if role == "user"] or [self.text]
@@ -60,13 +65,13 @@ class Row:
 
 def rows_of(source: GeneralSource) -> Iterator[Row]:
     """The rows of a file or data set, each a conversation that ends with the assistant, or a text; DataError for
-    another."""
-    for where, row in prompts.source_rows(source, [source.field]):
-        value = row.get(source.field)
+    another, and for half a character."""
+    for where, found in prompts.source_rows(source, [source.field]):
+        value = found.get(source.field)
         if isinstance(value, str) and value.strip():
-            yield Row((), value)
-        elif _is_conversation(value):
-            yield Row(tuple((message["role"], message["content"]) for message in value))
+            row = Row((), value)
+        elif _is_list_of_messages(value) and len(value) > 1 and value[-1]["role"] == "assistant":
+            row = Row(_messages(value))
         else:
             raise DataError(
                 f"the field {source.field!r} is neither text nor a conversation that ends with the assistant",
@@ -74,28 +79,32 @@ def rows_of(source: GeneralSource) -> Iterator[Row]:
                 value=str(value)[:80],
                 remedy="Write [{role: user, content: ...}, {role: assistant, content: ...}], or name another field.",
             )
-
-
-def _is_conversation(value: object) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) > 1
-        and all(isinstance(m, dict) and isinstance(m.get("content"), str) and m.get("role") for m in value)
-        and value[-1]["role"] == "assistant"
-    )
+        if row.is_broken:
+            raise DataError("holds half a character", where=where, remedy="Remove the escape \\uD800 to \\uDFFF.")
+        yield row
 
 
 def _is_list_of_messages(value: object) -> bool:
     return isinstance(value, list) and all(
-        isinstance(m, dict) and isinstance(m.get("content"), str) and isinstance(m.get("role"), str) for m in value
+        isinstance(m, dict) and isinstance(m.get("content"), str) and isinstance(m.get("role"), str) and m["role"]
+        for m in value
     )
+
+
+def _messages(value: list[dict]) -> tuple[tuple[str, str], ...]:
+    return tuple((message["role"], message["content"]) for message in value)
+
+
+def _calls_tools(messages: list[dict]) -> bool:
+    """Whether one of them says more than its content: a chat template would write the call, Row has no place for it."""
+    return any(message.get("tool_calls") or message.get("function_call") for message in messages)
 
 
 def read_turns(source: TextSource, counts: Counter) -> list[Row]:
     """The assistant's turns of all conversations of a source, each once.
 
-    counts: read (conversations), turns; no_assistant (conversations without an answer to anything), duplicate and,
-    where JSON holds half a character, not_round_trip are added.
+    counts: read (conversations), turns; no_assistant (conversations without an answer to anything), duplicate, refused
+    (turns with or after a tool call) and, where JSON holds half a character, not_round_trip are added.
     Errors: DataError for a row that is no conversation, or when nothing is left.
     """
     rows: dict[str, Row] = {}
@@ -112,17 +121,19 @@ def read_turns(source: TextSource, counts: Counter) -> list[Row]:
         turns = [i for i, m in enumerate(messages) if i and m["role"] == "assistant" and m["content"].strip()]
         counts["no_assistant"] += not turns
         for i in turns:
-            row = Row(tuple((m["role"], m["content"]) for m in messages[: i + 1]))
-            if any(_SURROGATE.search(content) for _, content in row.messages):
+            row = Row(_messages(messages[: i + 1]))
+            if _calls_tools(messages[: i + 1]):
+                counts["refused"] += 1
+            elif row.is_broken:
                 counts["not_round_trip"] += 1
             else:
                 counts["duplicate"] += rows.setdefault(row.key, row) is not row
     counts["turns"] += len(rows)
     if not rows:
         raise DataError(
-            f"no conversation of {counts['read']} holds an answer of the assistant",
+            f"no conversation of {counts['read']} holds an answer of the assistant that can be read: {dict(counts)}",
             where=source.path,
-            remedy="Give conversations with role: assistant in them.",
+            remedy="Give conversations with role: assistant, an answer and no tool call in them.",
         )
     return list(rows.values())
 

@@ -44,7 +44,7 @@ from students.rollout import Rollout
 from students.train import MODEL
 from teachers.engine import TeacherEngine
 from teachers.runners import paged_loop
-from teachers.texts import TextStage
+from teachers.texts import TextStage, check_texts
 from teachers.traces import TracesStage, summary
 
 RETENTION_PER_KIND = 60
@@ -98,8 +98,8 @@ class Pipeline:
         self.ranks.print(f"{stage.title}: {json.dumps(counts)}")
 
     def traces(self) -> None:
-        """2-traces and 3-logits: what the teacher says, graded, and what it might have said; 3-logits/NAME: what it
-        would have said where somebody else wrote."""
+        """2-traces, 3-logits: what the teacher says and might have said; 3-logits/NAME: where somebody else wrote."""
+        self.ranks.on_main(lambda: check_texts(self.config, self.folder))
         with self._teacher() as engine:
             self._sampled(engine)
             for each in self.config.train.text_sets:

@@ -328,13 +328,14 @@ class _Planner:
         tokens = self.samples * MEAN_SHARE * teacher.sampling.max_new_tokens
         students = [(self.student_geometry(i), student.adapter) for i, student in enumerate(self.config.students)]
         counts = [parameters(g).total for g, _ in students]
-        checkpoints = sum(state_bytes(g, train, adapter).checkpoint for g, adapter in students)
+        trainings = 1 if train.on_policy is None else 1 + train.on_policy.rounds  # each keeps what it wrote
+        checkpoints = trainings * sum(state_bytes(g, train, adapter).checkpoint for g, adapter in students)
         disk = {"2-traces": tokens * TRACE_BYTES}
         if teacher.capture is not None:
             disk["3-logits"] = tokens * (
                 POSITION_BYTES + ENTRY_BYTES * (teacher.capture.k_max + teacher.capture.tail_draws)
             )
-        disk["4-student"] = checkpoints * train.keep_checkpoints + sum(counts) * element_bytes(train.dtype)
+        disk["4-student"] = checkpoints * train.keep_checkpoints + trainings * sum(counts) * element_bytes(train.dtype)
         if self.config.publish.student is not None:
             disk["6-publish"] = float(max(counts) * element_bytes(train.dtype))
         return disk

@@ -169,7 +169,7 @@ def _jsonl_rows(source: Any) -> Iterator[tuple[str, dict]]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"is not JSON: {error}", where=where, remedy="Write one JSON object a line.") from error
             if not isinstance(row, dict):
                 raise DataError("is not a JSON object", where=where, remedy="Write one JSON object a line.")
@@ -285,5 +285,5 @@ def file_hashes(sources: Sequence[Any]) -> dict[str, str]:
             hashes[path] = files.digest([[str(e.relative_to(local)), files.file_sha256(e)] for e in inside])
         elif path in lines or local.suffix in _LOADERS or path.startswith((".", "/", "~")):
             what = "there is no such file" if path in lines else "there is no such file or folder"
-            raise DataError(what, where=path, remedy="Correct the path of this source in prompts.")
+            raise DataError(what, where=path, remedy="Correct the path of this source.")
     return hashes

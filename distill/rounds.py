@@ -108,7 +108,7 @@ class Rounds:
         inputs = {"model": fingerprint_checkpoint(self._model(number - 1))}
         self.ranks.main_first(lambda: stage.open(spec, inputs) and None)
         path = stage.path.parent / f"{SAID}.jsonl"
-        if not self.ranks.on_main(lambda: stage.done):
+        if not self.ranks.on_main(lambda: stage.done and path.exists()):
             self._sample(number, stage)
             counts = self.ranks.on_main(lambda: _join(stage, path))
             stage.finish(counts)
@@ -221,7 +221,7 @@ def _join(stage: StageFolder, path: Path) -> dict[str, int]:
         raise DataError(
             f"nothing that the student says can be read: {dict(counts)}",
             where=stage.title,
-            remedy="Raise train.on_policy.max_new_tokens, or train longer on the traces first.",
+            remedy="Train longer on the traces first (train.epochs), or raise teacher.sampling.max_new_tokens.",
         )
     with files.replacing(path) as temporary:
         temporary.write_text("".join(texts))

@@ -99,8 +99,7 @@ class RunFolder:
 
     def restart(self, stage: str) -> list[str]:
         """Deletes `stage` and every later one, last first; returns the names of those that existed. Rank 0 only."""
-        names = list(STAGES)
-        doomed = names[names.index(_known_stage(stage)) :]
+        doomed = list(STAGES)[list(STAGES).index(_known_stage(stage)) :]
         self.lock()
         existing = [name for name in doomed if (self.path / STAGES[name]).exists()]
         for name in reversed(existing):
@@ -164,8 +163,7 @@ class StageFolder:
         """True if the manifest is there, is of this spec, and every shard that it lists is still there."""
         if not (self.path / _MANIFEST).exists():
             return False
-        manifest = self.manifest
-        same = self.hash in (None, manifest["hash"])
+        same = self.hash in (None, (manifest := self.manifest)["hash"])
         return same and all(self.has_shard(shard["name"]) for shard in manifest["shards"])
 
     @property
@@ -325,6 +323,8 @@ class StageFolder:
         return f"Run it first: --stages {_COMMAND.get(self.name, self.name)}; what is there is kept."
 
     def _restart_remedy(self) -> str:
+        if self.title.startswith(f"{STAGES['logits']}/"):  # texts that the teacher read: no trace hangs on them
+            return f"Delete {self.path} and run again: only this set is read again; or set another run.name."
         name = _COMMAND.get(self.name, self.name)
         later = list(STAGES)[list(STAGES).index(name) + 1 :]
         others = f" and all later ones ({', '.join(later)})" if later else ""

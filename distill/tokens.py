@@ -101,9 +101,10 @@ def render_prompt(tok: PreTrainedTokenizerFast, prompt_text: str) -> list[int]:
 
 def render_chat(tok: PreTrainedTokenizerFast, messages: list[dict[str, str]]) -> list[int]:
     """`render_prompt` of a conversation of several messages, each with its role and content. DataError also for roles
-    that the template refuses."""
+    that hold a special token, or that the template refuses or leaves out without a word."""
     for message in messages:
         _refuse_special(tok, message["content"])
+        _refuse_special(tok, message["role"])
     from jinja2 import TemplateError
 
     try:
@@ -114,6 +115,13 @@ def render_chat(tok: PreTrainedTokenizerFast, messages: list[dict[str, str]]) ->
             value=[message["role"] for message in messages],
             remedy="Leave it out, or use roles in the order that the template asks for.",
         ) from error
+    for message in messages:
+        if message["role"] not in ("user", "assistant") and message["content"].strip() not in text:
+            raise DataError(
+                f"the chat template leaves out what {message['role']!r} says",
+                value=message["content"][:80],
+                remedy="Leave the conversation out, or use roles that the template knows: system, user, assistant.",
+            )
     if text.endswith(THINK_OPEN):
         text += "\n"
     elif not text.endswith(PREFILL):

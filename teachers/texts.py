@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from distill.checkpoints import check_checkpoint, resolve_checkpoint
+from distill.checkpoints import check_checkpoint
 from distill.config import Config
 from distill.config_mixture import TextSet
 from distill.conversations import REJECTED, Readable, read_turns
@@ -23,7 +23,7 @@ from distill.errors import DataError
 from distill.logit_cache import CacheWriter, cache_header
 from distill.records import CaptureSpec, TokenDists
 from distill.split import Split
-from distill.store import StageFolder
+from distill.store import RunFolder, StageFolder
 from distill.tokens import load_tokenizer
 from teachers.engine import TeacherEngine
 
@@ -47,7 +47,7 @@ def readable_texts(
     """(the turns of a set that this teacher can read, in the order of the file; counts of what was read and why turns
     were left out). max_positions: the teacher's longest sequence. DataError when none is left."""
     counts = Counter(dict.fromkeys(("read", "turns", *REJECTED), 0))
-    readable = Readable(tokenizer, min(each.max_tokens, max_positions or each.max_tokens))
+    readable = _readable(each, tokenizer, max_positions)
     texts = []
     for row in read_turns(each.source, counts):
         found = readable.ids(row)
@@ -64,6 +64,28 @@ def readable_texts(
     return texts, dict(counts)
 
 
+def check_texts(config: Config, run: RunFolder) -> None:
+    """DataError, as readable_texts, for a set that is not read yet and cannot be: told before the hours that traces
+    take, and without cutting all of it into tokens."""
+    for each in config.train.text_sets:
+        if run.stage("logits", each.name).done:
+            continue
+        readable = _readable(each, *_of_teacher(config))
+        if all(isinstance(readable.ids(row), str) for row in read_turns(each.source, Counter())):
+            readable_texts(each, readable.tokenizer, readable.max_tokens)
+
+
+def _readable(each: TextSet, tokenizer: PreTrainedTokenizerFast, max_positions: int | None) -> Readable:
+    return Readable(tokenizer, min(each.max_tokens, max_positions or each.max_tokens))
+
+
+def _of_teacher(config: Config) -> tuple[PreTrainedTokenizerFast, int | None]:
+    """(the teacher's tokenizer, its longest sequence where that is known)."""
+    teacher = config.teacher
+    longest = None if teacher.url else check_checkpoint(teacher.path).get("max_position_embeddings")
+    return load_tokenizer(teacher.path), longest
+
+
 @dataclass
 class TextStage:
     """Everything one rank needs to have its share of a set read."""
@@ -77,9 +99,7 @@ class TextStage:
 
     def run(self) -> dict[str, int]:
         """Scores every missing shard, each rank its share; the counts of the whole set when all are complete."""
-        teacher = self.config.teacher
-        longest = None if teacher.url else check_checkpoint(teacher.path).get("max_position_embeddings")
-        texts, counts = readable_texts(self.each, load_tokenizer(resolve_checkpoint(teacher.path)), longest)
+        texts, counts = readable_texts(self.each, *_of_teacher(self.config))
         self._score(texts)
         self.ranks.barrier()
         return counts | {"texts": len(texts), "tokens": sum(len(text.completion_ids) for text in texts)}

@@ -7,7 +7,7 @@ import pytest
 from align_world import byte_level
 
 from distill.config_mixture import GeneralJsonl
-from distill.conversations import REJECTED, Readable, Row, read_turns
+from distill.conversations import REJECTED, Readable, Row, read_turns, rows_of
 from distill.errors import DataError
 from distill.tokens import end_id, render_prompt
 
@@ -29,7 +29,10 @@ def test_every_turn_of_the_assistant_is_read_after_what_was_said_before(tmp_path
     assert counts == {"read": 4, "turns": 2, "no_assistant": 2, "duplicate": 1}
 
 
-@pytest.mark.parametrize("bad", ["text", [{"role": "user"}], ["a"], None, [{"role": 1, "content": "a"}]], ids=str)
+BAD = ["text", [{"role": "user"}], ["a"], None, [{"role": 1, "content": "a"}], [{"role": "", "content": "a"}]]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=str)
 def test_a_row_that_is_no_conversation_is_named(tmp_path, bad):
     with pytest.raises(DataError, match="is no conversation") as caught:
         read_turns(write(tmp_path / "c.jsonl", said("a", "b"), bad), Counter())
@@ -43,8 +46,25 @@ def test_a_file_without_any_answer_is_refused(tmp_path):
 
 def test_half_a_character_is_counted_and_stops_nothing(tmp_path):
     counts = Counter()
-    source = write(tmp_path / "c.jsonl", said("q \ud800", "a"), said("q", "a \udfff"), said("q", "a"))
-    assert len(read_turns(source, counts)) == 1 and counts["not_round_trip"] == 2
+    role = [{"role": "\ud800", "content": "q"}, *said("q", "a")]
+    source = write(tmp_path / "c.jsonl", said("q \ud800", "a"), said("q", "a \udfff"), said("q", "a"), role)
+    assert len(read_turns(source, counts)) == 1 and counts["not_round_trip"] == 3
+    with pytest.raises(DataError, match=r"line 1: holds half a character"):
+        list(rows_of(source))
+
+
+def test_a_tool_call_is_no_text_so_turns_with_and_after_it_are_counted(tmp_path):
+    counts, called = Counter(), said("q", "a", "hm", "I look it up", "and", "3")
+    called[3]["tool_calls"] = [{"function": {"name": "f"}}]
+    called[1]["tool_calls"] = None  # as tables have it where nothing is called
+    rows = read_turns(write(tmp_path / "c.jsonl", called), counts)
+    assert [row.answer for row in rows] == ["</think>\na"] and counts["refused"] == 2
+
+
+def test_json_that_nests_too_deeply_is_named(tmp_path):
+    (tmp_path / "c.jsonl").write_text("[" * 200_000)
+    with pytest.raises(DataError, match=r"line 1: is not JSON"):
+        read_turns(GeneralJsonl(path=str(tmp_path / "c.jsonl")), Counter())
 
 
 def row(question, answer):
@@ -83,3 +103,14 @@ def test_roles_that_the_chat_template_refuses_are_counted_and_stop_nothing():
     tokenizer = byte_level([])
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     assert Readable(tokenizer, 100).ids(row("q", "a")) == "refused"
+
+
+@pytest.mark.parametrize("role", ["user<|end|>", "human"], ids=["forges a turn", "is left out by the template"])
+def test_roles_that_would_change_what_is_read_are_refused(role):
+    tokenizer = byte_level([])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role != 'human' %}{{ m.role }}: {{ m.content }}<|end|>{% endif %}{% endfor %}"
+    )
+    readable = Readable(tokenizer, 1000)
+    assert readable.ids(Row((("system", "s"), ("user", "q"), ("assistant", "a")))) != "refused"
+    assert readable.ids(Row(((role, "who asks"), ("user", "q"), ("assistant", "a")))) == "refused"

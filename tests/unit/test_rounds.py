@@ -51,7 +51,7 @@ def test_what_is_not_whole_is_left_out(text, finish, reason):
 def test_a_round_in_which_nothing_can_be_read_says_what_to_do(tmp_path):
     stage = RunFolder(tmp_path, "run", commit="test").stage("train", "s").open({}, {})
     stage.write_shard("said-00000.jsonl", lambda path: path.write_text(""), {"said": 3, "truncated": 3})
-    with pytest.raises(DataError, match="nothing that the student says can be read"):
+    with pytest.raises(DataError, match=r"nothing that the student says.*teacher\.sampling\.max_new_tokens"):
         _join(stage, tmp_path / "said.jsonl")
     stage.write_shard("said-00001.jsonl", lambda path: path.write_text("x\n"), {"said": 2, "truncated": 1})
     assert _join(stage, tmp_path / "said.jsonl") == {"said": 5, "truncated": 4}
@@ -64,6 +64,7 @@ def test_a_round_in_which_nothing_can_be_read_says_what_to_do(tmp_path):
     [
         (["train.on_policy={rounds: 0}"], "train.on_policy.rounds"),
         (["train.on_policy={share: 1}"], "train.on_policy.share"),
+        (["train.on_policy={share: 1e-300}"], "it must be >= 0.01"),  # so many traces that no memory holds them
         (["train.on_policy={}", "students=[{name: a, path: x, loss: {kind: response}}]"], "which it trains"),
         (
             ["train.on_policy={}", "teacher.capture=null", "students=[{name: a, path: x, loss: {kind: response}}]"],
@@ -82,3 +83,11 @@ def test_the_plan_says_that_texts_and_rounds_come_on_top():
     assert any(note.startswith("train.text_sets: the teacher reads them once") for note in found)
     assert any(note.startswith("train.on_policy: 2 rounds of 500 prompts") for note in found)
     assert not any("text_sets" in note or "on_policy" in note for note in plan(load_config("configs/demo.yaml")).notes)
+
+
+def test_the_plan_has_room_on_disk_for_what_every_round_keeps():
+    without, with_rounds = (
+        plan(load_config("configs/qwen32b.yaml", more)).disk["4-student"]
+        for more in ([], ["train.on_policy={rounds: 2}"])
+    )
+    assert with_rounds == 3 * without > 0

@@ -174,6 +174,13 @@ def test_a_folder_of_another_config_names_each_differing_key_both_values_and_the
     assert "--restart traces" in message and "logits, train, eval, publish" in message and "run.name" in message
 
 
+def test_texts_of_which_the_file_changed_cost_no_trace(run):
+    put(run.stage("logits", "people").open({}, {"people.jsonl": "aa"}), "people-00000.cache", b"x")
+    with pytest.raises(StoreError, match=r"people\.jsonl is .*Delete .*3-logits/people and run again") as caught:
+        run.stage("logits", "people").open({}, {"people.jsonl": "bb"})
+    assert "--restart" not in str(caught.value)
+
+
 def test_lists_of_sections_differ_by_index(run):
     put(run.stage("prompts").open({"train": [{"seed": 1}, {"seed": 2}]}, {}), "a.bin", b"x")
     with pytest.raises(StoreError, match=r"train\[1\]\.seed is 2 there, 3 now"):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from distill.cache_format import CacheHeader
 from distill.config import load_config
-from distill.config_mixture import GeneralJsonl, TextSet
+from distill.config_mixture import GeneralJsonl, TextSet, missing_for_mixture
 from distill.config_sequence import misfit_for_sequence
 from distill.conversations import read_turns
 from distill.errors import ConfigError, DataError
@@ -218,3 +218,19 @@ def test_shared_rows_and_another_tokenizer_are_refused_before_any_work(what):
         student = f"{{name: a, path: teachers/tiny/{name}, loss: {{kind: logits, alpha: 0.9}}}}"
         found = list(misfit_for_sequence(load_config("configs/demo.yaml", [*settings, f"students=[{student}]"])))
         assert [("a chunk of text needs one device" in str(error)) for error in found] == [True] * refused
+
+
+def text_set(name="people", kind="jsonl", path="README.md"):
+    return f"train.text_sets=[{{name: {name}, source: {{kind: {kind}, path: {path}}}}}]"
+
+
+@pytest.mark.parametrize("name", ["traces", "general", "said", "manifest.json", "traces-00000.cache"])
+def test_a_set_cannot_have_the_name_of_another_or_of_a_file_beside_it(name):
+    with pytest.raises(ConfigError, match="Use another name"):
+        load_config("configs/demo.yaml", [text_set(name)])
+
+
+def test_texts_that_are_not_there_are_told_before_any_work_and_the_hub_is_not_asked():
+    for kind, path, missing in (("jsonl", "no/such", 1), ("hf", "./no/such", 1), ("hf", "org/data", 0), ("hf", ".", 0)):
+        found = list(missing_for_mixture(load_config("configs/demo.yaml", [text_set("people", kind, path)])))
+        assert len(found) == missing and all(path in str(error) for error in found)

@@ -18,7 +18,7 @@ from distill.split import Split
 from distill.store import RunFolder
 from distill.tokens import load_tokenizer
 from teachers.engine import TeacherEngine
-from teachers.texts import TextStage, readable_texts
+from teachers.texts import TextStage, check_texts, readable_texts
 
 TEACHER = "teachers/tiny/teacher"
 PEOPLE = [
@@ -99,6 +99,25 @@ def test_what_the_teacher_cannot_read_is_counted_by_reason(tmp_path):
     assert readable_texts(each.model_copy(update={"max_tokens": 5000}), tokenizer, max_positions=100)[1] == counts
     with pytest.raises(DataError, match="can read none of the texts"):
         readable_texts(each.model_copy(update={"max_tokens": 8}), tokenizer)
+
+
+def test_sets_that_cannot_be_read_are_told_before_the_traces_and_read_ones_are_not_looked_at(engine, tmp_path):
+    def config(each):
+        given = {"name": each.name, "source": each.source.model_dump(), "max_tokens": each.max_tokens}
+        return load_config("configs/demo.yaml", [f"train.text_sets=[{json.dumps(given)}]"])
+
+    run = RunFolder(tmp_path, "run", commit="test")
+    check_texts(config(people(tmp_path)), run)
+    with pytest.raises(DataError, match="can read none of the texts"):
+        check_texts(config(people(tmp_path, max_tokens=8)), run)
+    broken = people(tmp_path)
+    with Path(broken.source.path).open("a") as file:
+        file.write('{"messages": 3}\n')
+    with pytest.raises(DataError, match="line 9: the field 'messages' is no conversation"):
+        check_texts(config(broken), run)
+    run.stage("logits", "people").open({}, {}).finish({})
+    check_texts(config(broken), run)
+    run.release()
 
 
 def test_through_the_service_the_same_is_read(engine, tmp_path):
