@@ -53,7 +53,7 @@ class TeacherChain:
 
     def dists(self, ids: np.ndarray, k_max: int, tail_bound: float, draws: int = 0, seed: int = 0) -> TokenDists:
         """What a capture of this trace would hold: most likely tokens until the tail is below the bound, the sampled
-        one always; with `draws`, so many draws from the tail's likelier part (CaptureSpec.tail_draws)."""
+        one always; with `draws`, so many draws from the tail (CaptureSpec.tail_draws)."""
         *context, token = (column.tolist() for column in _windows(ids))
         parts = [self._capture(before, last, k_max, tail_bound) for *before, last in zip(*context, token)]
         if draws:
@@ -77,15 +77,19 @@ class TeacherChain:
         return np.append(ids[:size], sampled), np.append(p[:size], self._probability(context, np.array([sampled])))
 
     def _drawn(self, context: list[int], kept: np.ndarray, p: np.ndarray, draws: int, u: float):
-        """(ids, masses): the kept ones and those drawn at equal distances in what else `_distribution` knows."""
-        ids, likely, _ = self._distribution(context)
-        outside = ~np.isin(ids, kept)
-        mass = likely[outside].sum()
-        if mass <= 0:
+        """(ids, masses): the kept ones and those drawn at equal distances in all the rest, which has no mass left."""
+        tail = 1 - p.sum()
+        if tail <= 1e-9:
             return kept, p
-        at = np.searchsorted(np.cumsum(likely[outside]), (u + np.arange(draws)) / draws * mass)
-        drawn, times = np.unique(np.minimum(at, outside.sum() - 1), return_counts=True)
-        ids, p = np.append(kept, ids[outside][drawn]), np.append(p, times * mass / draws)
+        near, likely, _ = self._distribution(context)
+        outside = ~np.isin(near, kept)
+        ids, below, points = near[outside], np.cumsum(likely[outside]), (u + np.arange(draws)) / draws * tail
+        if points[-1] > (below[-1] if len(below) else 0):  # some lie behind the first 256
+            far = self.unigram_ids[~np.isin(self.unigram_ids, np.append(near, kept))]
+            ids, below = np.append(ids, far), np.cumsum(np.append(likely[outside], self._probability(context, far)))
+        at = np.minimum(np.searchsorted(below, points), len(ids) - 1)
+        drawn, times = np.unique(at, return_counts=True)
+        ids, p = np.append(kept, ids[drawn]), np.append(p, times * tail / draws)
         order = np.argsort(-p, kind="stable")
         return ids[order], p[order]
 

@@ -151,8 +151,15 @@ def exact_tables(tables: PairTables, teacher: ByteTokenizer, student: ByteTokeni
     )
 
 
-def bias_rows(name, aligner: Aligner, chain: TeacherChain, traces: list[np.ndarray], texts) -> list[dict]:
-    """The parts of the method one by one, for several sizes of the stored support."""
+def capture(chain: TeacherChain, traces: list[np.ndarray]) -> dict[int, tuple[list[TokenDists], list[TokenDists]]]:
+    """By support: what is stored of the traces, without and with draws."""
+    plain = {k: [chain.dists(ids, k, 0.0) for ids in traces] for k in SUPPORTS}
+    drawn = {k: [chain.dists(ids, k, 0.0, DRAWS, seed) for seed, ids in enumerate(traces)] for k in SUPPORTS}
+    return {k: (plain[k], drawn[k]) for k in SUPPORTS}
+
+
+def bias_rows(name, aligner: Aligner, traces: list[np.ndarray], captured: dict, texts) -> list[dict]:
+    """The parts of the method one by one, for several sizes of the stored support. captured: of the second half."""
     teacher, student, tables = aligner.teacher, aligner.student, aligner.tables
     seen = [ids for each in texts.values() for ids in each]
     own_texts = aligner.align(seen)
@@ -163,15 +170,13 @@ def bias_rows(name, aligner: Aligner, chain: TeacherChain, traces: list[np.ndarr
     exact = exact_tables(tables, teacher, student)
     alignment, exact_alignment = aligner.align(traces[half:]), align(teacher, student, exact, traces[half:])
     rows = []
-    for k in SUPPORTS:
-        dists = [chain.dists(ids, k, 0.0) for ids in traces[half:]]
+    for k, (dists, drawn) in captured.items():
         known = {"dists": dists, "capture": CaptureSpec(k_max=k, tail_bound=0.0)}
         parts = {"exact": make_targets(exact, exact_alignment, **known)}
         parts["buckets"] = make_targets(tables, alignment, **known)
         parts["mask"] = make_targets(tables, alignment, **known, pairs=aligner.pairs)
         parts["keep"] = make_targets(tables, alignment, **known, pairs=aligner.pairs, keep_P=aligner.keep_P)
         parts["whole_tail"] = replace(parts["keep"], **whole_tail(parts["keep"], alignment, dists))
-        drawn = [chain.dists(ids, k, 0.0, DRAWS, seed) for seed, ids in enumerate(traces[half:])]
         known = {"dists": drawn, "capture": CaptureSpec(k, 0.0, DRAWS), "pairs": aligner.pairs}
         parts["draws"] = make_targets(tables, alignment, **known, keep_P=aligner.keep_P)
         for part, targets in parts.items():
@@ -201,7 +206,9 @@ def bias_row(name: str, mean: float, error: float, goal: str | None = None) -> l
     return [*rows, row(f"bias_error/{name}", error, "nats, one standard error")]
 
 
-def student_rows(name: str, teacher, path: Path, texts, chain: TeacherChain, traces: list[np.ndarray]) -> list[dict]:
+def student_rows(
+    name: str, teacher, path: Path, texts, chain: TeacherChain, traces: list, captured: dict
+) -> list[dict]:
     """All rows of one student."""
     own = load_tokenizer(path)
     pair = ByteTokenizer(teacher), ByteTokenizer(own)
@@ -216,7 +223,7 @@ def student_rows(name: str, teacher, path: Path, texts, chain: TeacherChain, tra
     ]
     rows += coverage_rows(name, aligner, texts)
     rows += speed_rows(name, aligner, chain, traces)
-    return rows + bias_rows(name, aligner, chain, traces, {k: v for k, v in texts.items() if k != "cjk_emoji"})
+    return rows + bias_rows(name, aligner, traces, captured, {k: v for k, v in texts.items() if k != "cjk_emoji"})
 
 
 def main() -> None:
@@ -233,9 +240,10 @@ def main() -> None:
     texts = {kind: own.encode([text.encode() for text in each]) for kind, each in made.items()}
     chain = TeacherChain([ids for kind, each in texts.items() if kind != "cjk_emoji" for ids in each], own.stop_ids[0])
     traces = list(chain.sample(np.random.default_rng(0), args.tokens))
+    captured = capture(chain, traces[len(traces) // 2 :])
     rows = [row("text_bytes", sum(len(t.encode()) for each in made.values() for t in each), "bytes")]
     for name in args.students:
-        rows += student_rows(name, teacher, paths[name], texts, chain, traces)
+        rows += student_rows(name, teacher, paths[name], texts, chain, traces, captured)
     question = "What share of a DeepSeek-R1 teacher's distributions reaches a student with another tokenizer, how fast "
     question += "and how exactly?"
     device = f"cpu{os.cpu_count()}, {platform.machine()}"
