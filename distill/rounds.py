@@ -15,7 +15,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,11 +127,8 @@ class Rounds:
             return
         with self.open_student(self._model(number - 1)) as opened:
             split = opened.split or Split(rank=self.ranks.rank, world=self.ranks.world)
-            mine = missing[split.share :: split.shares]
-            # Ranks that hold one student sample together, also those whose shards are done.
-            rounds = -(-len(missing) // split.shares) if split.size > 1 else len(mine)
             with tqdm(total=len(chosen) // split.shares, **about) as bar:
-                for name in [*mine, None][:rounds]:
+                for name in split.turns(missing):
                     self._make_shard(stage, number, name, shards.get(name, []), opened, split, bar)
         self.ranks.barrier()
 
@@ -139,18 +136,17 @@ class Rounds:
         sampling, tokenizer = self.config.teacher.sampling, opened.sampler.tokenizer
         params = SamplingParams(sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_new_tokens)
         seed = self.config.run.seed
-        wanted = [
-            SampleRequest(p.key, number, tuple(render_prompt(tokenizer, p.text)), sample_seed(seed, p.key, -number))
-            for p in prompts
-        ]
+        asked = askable(prompts, tokenizer)
+        wanted = [SampleRequest(p.key, number, ids, sample_seed(seed, p.key, -number)) for p, ids in asked]
         samples: dict[str, Sample] = {}
         for sample in opened.sampler.sample(wanted, params):
             samples[sample.key] = sample
             bar.update()
         if name is None or split.tensor_rank > 0:
             return
-        counts, lines, stops = Counter(said=len(prompts), truncated=0, unclosed=0), [], stop_ids(tokenizer)
-        for prompt in prompts:
+        counts = Counter(said=len(asked), refused=len(prompts) - len(asked), truncated=0, unclosed=0)
+        lines, stops = [], stop_ids(tokenizer)
+        for prompt, _ in asked:
             row = conversation(prompt, samples[prompt.key], tokenizer, stops)
             if isinstance(row, str):
                 counts[row] += 1
@@ -197,6 +193,15 @@ def choose(prompts: Sequence[Prompt], count: int | None, seed: int, number: int)
     """The prompts of a round: the first `count` in an order of its own, all for None."""
     order = sorted(prompts, key=lambda p: hashlib.sha256(f"{seed}/round {number}/{p.key}".encode()).digest())
     return order[:count]
+
+
+def askable(prompts: Sequence[Prompt], tokenizer) -> list[tuple[Prompt, tuple[int, ...]]]:
+    """The prompts that the student can be asked, with their ids: none that holds a special token of its tokenizer."""
+    found = []
+    for prompt in prompts:
+        with suppress(DataError):
+            found.append((prompt, tuple(render_prompt(tokenizer, prompt.text))))
+    return found
 
 
 def conversation(prompt: Prompt, sample: Sample, tokenizer, stops: Sequence[int]) -> list[dict] | str:

@@ -7,7 +7,7 @@ from distill.config import load_config
 from distill.errors import ConfigError, DataError
 from distill.plan import plan
 from distill.records import Prompt, Sample
-from distill.rounds import _join, choose, conversation
+from distill.rounds import _join, askable, choose, conversation
 from distill.store import RunFolder
 from distill.tokens import encode_completion, end_id, stop_ids
 
@@ -19,6 +19,13 @@ def test_every_round_asks_others_and_the_same_for_a_seed():
     assert len({p.key for p in first}) == 8 and first == choose(list(reversed(PROMPTS)), 8, 3, 1)
     assert {p.key for p in first} != {p.key for p in second} and first != choose(PROMPTS, 8, 4, 1)
     assert sorted(p.key for p in choose(PROMPTS, None, 3, 1)) == sorted(p.key for p in PROMPTS)
+
+
+def test_a_prompt_with_a_special_token_of_the_student_is_not_asked_and_stops_nothing():
+    tokenizer = byte_level([(b"a", b"b")])
+    forged = Prompt(f"what is {tokenizer.decode([end_id(tokenizer)])}?", "1", "f")
+    found = askable([PROMPTS[0], forged, PROMPTS[1]], tokenizer)
+    assert [prompt for prompt, _ in found] == PROMPTS[:2] and all(ids for _, ids in found)
 
 
 def said(text: str, finish: str = "stop", more: tuple = ()):
