@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from distill.checkpoints import check_checkpoint
 from distill.config import Config
 from distill.config_mixture import TextSet
-from distill.conversations import REJECTED, Readable, read_turns
+from distill.conversations import REJECTED, Readable, read_turns, rows_of
 from distill.dist import Ranks
 from distill.errors import DataError
 from distill.logit_cache import CacheWriter, cache_header
@@ -65,8 +65,12 @@ def readable_texts(
 
 
 def check_texts(config: Config, run: RunFolder) -> None:
-    """DataError, as readable_texts, for a set that is not read yet and cannot be: told before the hours that traces
-    take, and without cutting all of it into tokens."""
+    """DataError, as readable_texts, for a set that is not read yet and cannot be, and as rows_of for general data: told
+    before the hours that traces take, and without cutting all of it into tokens."""
+    if config.train.general and not run.stage("traces").done:
+        for source in config.train.general.sources:
+            for _ in rows_of(source) if source.kind != "bundled" else ():
+                pass
     for each in config.train.text_sets:
         if run.stage("logits", each.name).done:
             continue

@@ -120,6 +120,20 @@ def test_sets_that_cannot_be_read_are_told_before_the_traces_and_read_ones_are_n
     run.release()
 
 
+def test_general_data_that_cannot_be_learned_is_told_before_the_traces(tmp_path):
+    path, run = tmp_path / "chats.jsonl", RunFolder(tmp_path, "run", commit="test")
+    source = {"kind": "jsonl", "path": str(path)}
+    config = load_config("configs/demo.yaml", [f"train.general={json.dumps({'sources': [source]})}"])
+    path.write_text(json.dumps({"messages": PEOPLE[0]}) + "\n")
+    check_texts(config, run)
+    path.write_text(path.read_text() + '{"messages": 3}\n')
+    with pytest.raises(DataError, match="line 2: the field 'messages' is neither text nor a conversation"):
+        check_texts(config, run)
+    run.stage("traces").open({}, {}).finish({})
+    check_texts(config, run)  # the training reads it next, and says the same
+    run.release()
+
+
 def test_through_the_service_the_same_is_read(engine, tmp_path):
     each = people(tmp_path)
     (tmp_path / "own").mkdir(), (tmp_path / "served").mkdir()
