@@ -6,7 +6,6 @@ nothing (a temporary dot-file, a data file without sidecar). So a launch may be 
 
 import contextlib
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
@@ -20,6 +19,7 @@ from typing import Any, Self
 from distill import files
 from distill.errors import StoreError
 from distill.records import SCHEMA_VERSION
+from distill.spec_changes import changes
 
 STAGES = {
     "prompts": "1-prompts",
@@ -31,7 +31,6 @@ STAGES = {
 }
 _STATE, _MANIFEST = "stage.json", "manifest.json"
 _COMMAND = {"logits": "traces"}  # captured while traces are sampled: no command names that stage alone
-_ABSENT = object()
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class RunFolder:
 
     def restart(self, stage: str) -> list[str]:
         """Deletes `stage` and every later one, last first; returns the names of those that existed. Rank 0 only."""
-        doomed = list(STAGES)[list(STAGES).index(_known_stage(stage)) :]
+        doomed = _stages_from(_known_stage(stage))
         self.lock()
         existing = [name for name in doomed if (self.path / STAGES[name]).exists()]
         for name in reversed(existing):
@@ -163,7 +162,8 @@ class StageFolder:
         """True if the manifest is there, is of this spec, and every shard that it lists is still there."""
         if not (self.path / _MANIFEST).exists():
             return False
-        same = self.hash in (None, (manifest := self.manifest)["hash"])
+        manifest = self.manifest
+        same = self.hash in (None, manifest["hash"])
         return same and all(self.has_shard(shard["name"]) for shard in manifest["shards"])
 
     @property
@@ -326,17 +326,12 @@ class StageFolder:
         if self.title.startswith(f"{STAGES['logits']}/"):  # texts that the teacher read: no trace hangs on them
             return f"Delete {self.path} and run again: only this set is read again; or set another run.name."
         name = _COMMAND.get(self.name, self.name)
-        later = list(STAGES)[list(STAGES).index(name) + 1 :]
+        later = _stages_from(name)[1:]
         others = f" and all later ones ({', '.join(later)})" if later else ""
         return f"Pass --restart {name}: it deletes this stage{others}; or set another run.name."
 
     def _made_by_another(self, found: dict, wanted: dict) -> StoreError:
-        there, here = _flatten(found), _flatten(wanted)
-        differing = [key for key in sorted(there | here) if there.get(key, _ABSENT) != here.get(key, _ABSENT)]
-        lines = [
-            f"{key.removeprefix('spec.')} is {_show(there, key)} there, {_show(here, key)} now" for key in differing
-        ]
-        what = "this stage was made by another config: " + "; ".join(lines)
+        what = "this stage was made by another config: " + "; ".join(changes(found, wanted))
         return StoreError(what, where=str(self.path), remedy=self._restart_remedy())
 
 
@@ -344,6 +339,12 @@ def _known_stage(name: str) -> str:
     if name not in STAGES:
         raise StoreError("is not a stage", where="--stages", value=name, remedy=f"The stages are {', '.join(STAGES)}.")
     return name
+
+
+def _stages_from(name: str) -> list[str]:
+    """That stage and all later ones."""
+    names = list(STAGES)
+    return names[names.index(name) :]
 
 
 def _folder_name(name: str, where: str) -> str:
@@ -362,21 +363,6 @@ def _delete_remedy(path: Path) -> str:
 
 def _identity_of(state: dict) -> dict:
     return {key: state.get(key) for key in ("schema", "spec", "inputs")}
-
-
-def _show(flat: dict[str, Any], key: str) -> str:
-    return json.dumps(flat[key], ensure_ascii=False) if key in flat else "absent"
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> leaf. A list of objects is entered by index; other lists and empty containers are leaves."""
-    if isinstance(value, dict) and value:
-        items = [(f"{prefix}.{key}" if prefix else key, child) for key, child in value.items()]
-    elif isinstance(value, list) and any(isinstance(child, dict | list) for child in value):
-        items = [(f"{prefix}[{index}]", child) for index, child in enumerate(value)]
-    else:
-        return {prefix: value}
-    return {key: leaf for name, child in items for key, leaf in _flatten(child, name).items()}
 
 
 def _wall_s(shards: list[Shard]) -> float:
