@@ -153,9 +153,11 @@ def exact_tables(tables: PairTables, teacher: ByteTokenizer, student: ByteTokeni
 
 def capture(chain: TeacherChain, traces: list[np.ndarray]) -> dict[int, tuple[list[TokenDists], list[TokenDists]]]:
     """By support: what is stored of the traces, without and with draws."""
-    plain = {k: [chain.dists(ids, k, 0.0) for ids in traces] for k in SUPPORTS}
-    drawn = {k: [chain.dists(ids, k, 0.0, DRAWS, seed) for seed, ids in enumerate(traces)] for k in SUPPORTS}
-    return {k: (plain[k], drawn[k]) for k in SUPPORTS}
+    found = {}
+    for k in SUPPORTS:
+        plain = [chain.dists(ids, k, 0.0) for ids in traces]
+        found[k] = plain, [chain.dists(ids, k, 0.0, DRAWS, seed) for seed, ids in enumerate(traces)]
+    return found
 
 
 def bias_rows(name, aligner: Aligner, traces: list[np.ndarray], captured: dict, texts) -> list[dict]:

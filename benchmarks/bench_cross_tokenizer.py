@@ -53,13 +53,10 @@ def plan(seeds: list[int], students: list[str], methods: list[str]) -> list[tupl
     ]
 
 
-def prepare(folder: Path, what: int | str | None, share: float, k: int, device: str) -> None:
-    """The traces of one seed, (None) the teacher's evaluation, or the base of the student of that name."""
+def prepare(folder: Path, seed: int | None, share: float, k: int, device: str) -> None:
+    """The traces of one seed, or (None) the teacher's evaluation."""
     from benchmarks import cross_data
 
-    if what == "same_llama":
-        return train_twin(folder, share, device)
-    seed = what
     name, side = ("teacher", "eval") if seed is None else (f"seed{seed}", "train")
     if (folder / f"{name}.done.json").exists():
         return
@@ -114,20 +111,20 @@ def run_all(first: dict[int | str | None, tuple], jobs: list[tuple], devices: li
     """
     failed, done, context = [], set(), multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(len(devices), mp_context=context) as pool:
-        running = {pool.submit(_worker, devices, job[0], folder, *job[1:]): job for job in first.values()}
+        running = {pool.submit(_worker, devices, job[0], folder, *job[1:]): name for name, job in first.items()}
         waiting = list(jobs)
         while running:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                job = running.pop(future)
+                name = running.pop(future)
                 try:
-                    print(f"{job[1]}: {future.result():.1f} s", flush=True)
-                    done.add(job[1])
+                    print(f"{name}: {future.result():.1f} s", flush=True)
+                    done.add(name)
                 except Exception:
                     traceback.print_exc()
-                    failed.append(job[1])
+                    failed.append(name)
             ready = [job for job in waiting if {None, *job[1]} & first.keys() <= done]
             waiting = [job for job in waiting if job not in ready]
-            running |= {pool.submit(_worker, devices, job[0], folder, *job[1:]): job for job in ready}
+            running |= {pool.submit(_worker, devices, job[0], folder, *job[1:]): job[1] for job in ready}
     if failed:
         raise SystemExit(f"failed: {failed}")
 
@@ -258,7 +255,7 @@ def main() -> None:
     settings = {"share": args.share, "k": K, "epochs": args.epochs, "texts": args.texts}
     first = {seed: (prepare, seed, args.share, K) for seed in (None, *args.seeds)}
     if "same_llama" in args.students:
-        first["same_llama"] = (prepare, "same_llama", args.share, K)
+        first["same_llama"] = (train_twin, args.share)
     jobs = [(measure, job, settings) for job in plan(args.seeds, args.students, args.methods)]
     if not args.report:
         run_all(first, jobs, devices, args.folder)
