@@ -27,6 +27,7 @@ class Row:
 
     messages: tuple[tuple[str, str], ...]
     text: str = ""
+    calls_tools: bool = False  # a message says more than its content, which has no place here: it cannot be read
 
     @property
     def key(self) -> str:
@@ -51,7 +52,9 @@ class Row:
 
     def prompt_ids(self, tokenizer: PreTrainedTokenizerFast) -> list[int]:
         """Up to where the assistant answers; of plain text its first token. DataError for a message that holds one of
-        the tokenizer's special tokens."""
+        the tokenizer's special tokens, or calls a tool."""
+        if self.calls_tools:
+            raise DataError("a message calls a tool", remedy="Leave such conversations out, or write calls as text.")
         if not self.messages:
             return encode_completion(tokenizer, self.text)[:1]
         return render_chat(tokenizer, [{"role": role, "content": content} for role, content in self.messages[:-1]])
@@ -71,7 +74,7 @@ def rows_of(source: GeneralSource) -> Iterator[Row]:
         if isinstance(value, str) and value.strip():
             row = Row((), value)
         elif _is_list_of_messages(value) and len(value) > 1 and value[-1]["role"] == "assistant":
-            row = Row(_messages(value))
+            row = _row(value)
         else:
             raise DataError(
                 f"the field {source.field!r} is neither text nor a conversation that ends with the assistant",
@@ -91,13 +94,9 @@ def _is_list_of_messages(value: object) -> bool:
     )
 
 
-def _messages(value: list[dict]) -> tuple[tuple[str, str], ...]:
-    return tuple((message["role"], message["content"]) for message in value)
-
-
-def _calls_tools(messages: list[dict]) -> bool:
-    """Whether one of them says more than its content: a chat template would write the call, Row has no place for it."""
-    return any(message.get("tool_calls") or message.get("function_call") for message in messages)
+def _row(messages: list[dict]) -> Row:
+    calls_tools = any(message.get("tool_calls") or message.get("function_call") for message in messages)
+    return Row(tuple((message["role"], message["content"]) for message in messages), calls_tools=calls_tools)
 
 
 def read_turns(source: TextSource, counts: Counter) -> list[Row]:
@@ -121,8 +120,8 @@ def read_turns(source: TextSource, counts: Counter) -> list[Row]:
         turns = [i for i, m in enumerate(messages) if i and m["role"] == "assistant" and m["content"].strip()]
         counts["no_assistant"] += not turns
         for i in turns:
-            row = Row(_messages(messages[: i + 1]))
-            if _calls_tools(messages[: i + 1]):
+            row = _row(messages[: i + 1])
+            if row.calls_tools:
                 counts["refused"] += 1
             elif row.is_broken:
                 counts["not_round_trip"] += 1

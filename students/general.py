@@ -72,7 +72,8 @@ def _bundled(source: BundledQuestions) -> Iterator[Row]:
 class GeneralRows:
     """The rows of a config's general data for one tokenizer, and the examples that they become.
 
-    counts: read, duplicate, overlapping; refused, for a special token in a message or a text of one token; too_long.
+    counts: read, duplicate, overlapping; refused, for a special token in a message, a tool call or a text of one token;
+    too_long.
     """
 
     def __init__(
@@ -94,7 +95,8 @@ class GeneralRows:
         return hashlib.sha256("/".join(row.key for row in self.rows).encode()).hexdigest()[:16]
 
     def prompt_ids(self, row: Row) -> list[int] | None:
-        """None of a row that cannot be used: with a special token in a message, or a prompt that fills a whole row."""
+        """None of a row that cannot be used: with a special token or a tool call in a message, or a prompt that fills a
+        whole row."""
         try:
             ids = row.prompt_ids(self.tokenizer)
         except DataError:

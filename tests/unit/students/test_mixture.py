@@ -268,11 +268,13 @@ def test_own_answers_close_the_reasoning_and_end_the_turn(tokenizer, tmp_path):
 
 
 def test_rows_that_cannot_be_used_are_counted_and_stop_nothing(tokenizer, tmp_path):
-    rows = [chat("fine", "yes"), chat("a <|end|> inside", "x"), chat("much " * 100, "x"), {"messages": "z"}]
+    called = chat("look it up", "I call")
+    called["messages"][1]["tool_calls"] = [{"function": {"name": "f"}}]
+    rows = [chat("fine", "yes"), chat("a <|end|> inside", "x"), chat("much " * 100, "x"), {"messages": "z"}, called]
     source = write_rows(tmp_path / "g.jsonl", rows)
     made = general.GeneralRows(General(sources=[source], loss="ce"), tokenizer, [], max_seq_tokens=60)
     data = made.load(math.inf, None)
-    assert len(data.examples) == data.counts["rows"] == 1 and data.counts["refused"] == 3
+    assert len(data.examples) == data.counts["rows"] == 1 and data.counts["refused"] == 4
     source = write_rows(tmp_path / "g.jsonl", rows[1:])
     with pytest.raises(DataError, match="no row of general data can be used"):
         general.GeneralRows(General(sources=[source], loss="ce"), tokenizer, [], max_seq_tokens=60).load(math.inf, None)
