@@ -47,10 +47,11 @@ GPUS = {
     "b200": Gpu("b200", 180 * GB, 2250e12, 75e12, 8.0e12),
 }
 
-TRAIN_MFU = 0.35
-TRAIN_MFU_NODES = 0.30
-SCORE_MFU = 0.27
-DECODE_SHARE = 0.5
+TRAIN_MFU = 0.45
+RECOMPUTED_MFU = 0.35
+NODES_SHARE = 0.85
+SCORE_MFU = 0.45
+DECODE_SHARE = 0.65
 LAYER_SYNC_S = 50e-6
 LAYER_SYNC_NODES_S = 150e-6
 SAMPLE_WORKSPACE_BYTES = 5 * GB
@@ -60,11 +61,12 @@ CHUNK_TOKENS = 4096
 FLOAT8_BYTES = 1 + 4 / 128**2  # a weight and its share of the float32 scale of a block of 128 x 128
 
 ASSUMED = (
-    f"training runs at {TRAIN_MFU:.0%} of peak within a node (34-41 % measured on one H100: 1.7B and 4B students, "
-    f"8192 tokens, recomputed activations) and {TRAIN_MFU_NODES:.0%} beyond (not measured)",
-    f"scoring and prefill run at {SCORE_MFU:.0%} of peak (measured on one H100 with a 15.8B mixture of experts)",
-    f"decoding reaches {DECODE_SHARE:.0%} of the speed at which weights and cache can be read (vLLM on one H100, "
-    "that model: 74 % at batch 64, 50 % at batch 256)",
+    f"training runs at {TRAIN_MFU:.0%} of peak (47-49 % measured on one H100 by ZeRO-1: 1.7B and 4B students, 8192 "
+    f"tokens, matrix products kept), at {RECOMPUTED_MFU:.0%} where layers keep their attention alone (40 % measured, "
+    f"1.7B), {1 - NODES_SHARE:.0%} slower beyond a node (not measured; neither is ZeRO-3 with students that need it)",
+    f"scoring and prefill run at {SCORE_MFU:.0%} of peak (48 % measured on one H100 with a 15.8B mixture of experts)",
+    f"decoding reaches {DECODE_SHARE:.0%} of the speed at which weights and cache can be read (65-76 % measured on one "
+    "H100 with that model and 8 to 256 rows, 48 % with one)",
     f"a layer synchronises in {LAYER_SYNC_S * 1e6:.0f} us within a node, {LAYER_SYNC_NODES_S * 1e6:.0f} us beyond "
     "(not measured)",
     f"workspace is {SAMPLE_WORKSPACE_BYTES / GB:.0f} GB for sampling; {TRAIN_RUNTIME_BYTES / GB:.0f} GB and two "
@@ -130,7 +132,8 @@ def train_seconds(
     MFU counts no recomputation. GPUs for which a batch has no tokens stand idle.
     """
     busy = min(gpus, max(1, train.batch_tokens // train.micro_batch_tokens) * train.sequence_parallel)
-    mfu = TRAIN_MFU if gpus <= gpus_per_node else TRAIN_MFU_NODES
+    recomputed = train.activation_checkpointing and train.kept_activations == "attention"
+    mfu = (RECOMPUTED_MFU if recomputed else TRAIN_MFU) * (1 if gpus <= gpus_per_node else NODES_SHARE)
     flops = tokens * train_flops(g, trace_tokens)
     return flops / (busy * gpu.peak(element_bytes(train.dtype)) * mfu)
 
