@@ -4,6 +4,7 @@ Everything here is a count or an assumption. The assumptions are the constants b
 prints them. They are meant to be right within a factor of two: enough to choose a machine, not to bill by.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from math import ceil
 
@@ -96,6 +97,16 @@ def train_memory(g: Geometry, train: Train, gpus: int, adapter: Adapter | None =
         "gathered layers": float(gathered * element),
         "workspace": TRAIN_RUNTIME_BYTES + 2 * min(BUCKET_ELEMENTS * element, state.gradients),
     }
+
+
+def longest_row(g: Geometry, train: Train, gpus: int, gpu: Gpu, adapter: Adapter | None = None) -> int:
+    """Tokens of the longest row that trains with these settings, in thousands of 1024; 0 where none does."""
+
+    def is_too_long(thousands: int) -> bool:
+        memory = train_memory(g, train.model_copy(update={"micro_batch_tokens": 1024 * thousands}), gpus, adapter)
+        return sum(memory.values()) > gpu.memory_bytes
+
+    return 1024 * max(0, bisect_left(range(2**16), True, key=is_too_long) - 1)
 
 
 def activation_bytes(g: Geometry, tokens: int, train: Train, element: int = 2) -> float:

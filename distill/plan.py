@@ -15,6 +15,7 @@ from distill.capacity import (
     Gpu,
     Load,
     Placement,
+    longest_row,
     place,
     score_seconds,
     teacher_element,
@@ -288,6 +289,11 @@ class _Planner:
         fits = sum(memory.values()) <= self.gpu.memory_bytes
         if not fits:
             self.problems.append(cannot_train(self.machine, student, g, train, sum(memory.values())))
+        else:
+            longest = longest_row(g, train, self.gpus, self.gpu, student.adapter)
+            self.notes.append(
+                f"{student.name}: rows of up to {longest:,} tokens fit, {train.micro_batch_tokens:,} are set."
+            )
         rows = train.batch_tokens // train.micro_batch_tokens * train.sequence_parallel
         if rows < self.gpus:
             each = train.micro_batch_tokens // train.sequence_parallel

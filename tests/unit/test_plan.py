@@ -10,6 +10,7 @@ from distill.capacity import (
     GPUS,
     Load,
     activation_bytes,
+    longest_row,
     place,
     teacher_element,
     train_memory,
@@ -284,6 +285,18 @@ def test_a_model_fits_only_with_room_for_one_completion_of_full_length():
     load = {"prompt_tokens": 200, "mean_new_tokens": 100, "batch_size": 1, "samples": 1}
     assert place(LITE, GPUS["h100"], 1, 8, Load(max_new_tokens=tokens, **load)).fits
     assert not place(LITE, GPUS["h100"], 1, 8, Load(max_new_tokens=tokens + 1, **load)).fits
+
+
+def test_the_longest_row_fits_and_one_thousand_more_does_not():
+    train = Train(zero_stage=3, sequence_parallel=2, activation_checkpointing=True)
+    tokens = longest_row(QWEN3_4B, train, 2, GPUS["h100"])
+
+    def needs(tokens: int) -> float:
+        memory = train_memory(QWEN3_4B, train.model_copy(update={"micro_batch_tokens": tokens}), 2)
+        return sum(memory.values())
+
+    assert tokens % 1024 == 0 and needs(tokens) <= 80e9 < needs(tokens + 1024)
+    assert longest_row(QWEN3_4B, train.model_copy(update={"zero_stage": 0}), 2, GPUS["l40s"]) == 0  # 4 x 16 bytes
 
 
 # --- Time -------------------------------------------------------------------------------------------------------------
