@@ -289,11 +289,6 @@ class _Planner:
         fits = sum(memory.values()) <= self.gpu.memory_bytes
         if not fits:
             self.problems.append(cannot_train(self.machine, student, g, train, sum(memory.values())))
-        else:
-            longest = longest_row(g, train, self.gpus, self.gpu, student.adapter)
-            self.notes.append(
-                f"{student.name}: rows of up to {longest:,} tokens fit, {train.micro_batch_tokens:,} are set."
-            )
         rows = train.batch_tokens // train.micro_batch_tokens * train.sequence_parallel
         if rows < self.gpus:
             each = train.micro_batch_tokens // train.sequence_parallel
@@ -315,6 +310,8 @@ class _Planner:
         layout = f"ZeRO-{train.zero_stage}" + (f", {train.offload} offload" if train.offload != "none" else "")
         layout += f", weights on {train.offload_params}" if train.offload_params != "none" else ""
         layout += f", {student.adapter.kind}" if student.adapter is not None else ""
+        longest = longest_row(g, train, self.gpus, self.gpu, student.adapter)
+        layout += f", rows up to {longest // 1024:,}k tokens" if fits else ""
         return self.row("train", student.name, g, tokens, flops, seconds, memory, fits, layout)
 
     def row(
