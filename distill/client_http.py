@@ -9,6 +9,7 @@ import json
 import random
 import socket
 import ssl
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -22,6 +23,7 @@ RETRIED = {408, 425, 429, 500, 502, 503, 504}
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
 CONNECT_S = 20.0
 MEETING_S = 20.0
+TELL_S = 30.0
 
 
 class Closed(Exception):
@@ -72,7 +74,7 @@ class Http:
         self._idle: list[http.client.HTTPConnection] = []
         self._busy: set[http.client.HTTPConnection] = set()
         self._ended, self._is_closed = threading.Event(), False
-        self._succeeded_s = 0.0
+        self._succeeded_s = self._told_s = 0.0
 
     def get(self, path: str) -> dict:
         """The first contact: a service that is not there is told of soon."""
@@ -108,6 +110,7 @@ class Http:
                     remedy="Check that the service is up and can be reached from here, then run again: "
                     "what is finished is kept.",
                 )
+            self._tell(quiet_s, patience_s, problem)
             backoff_s = max(min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(attempt, 10)), wait_s)
             attempt += 1
             # Half of it at random: those who were refused together must not come back together.
@@ -132,6 +135,15 @@ class Http:
             for connection in self._idle:
                 connection.close()
             self._idle.clear()
+
+    def _tell(self, quiet_s: float, patience_s: float, problem: str) -> None:
+        """A line now and then: a server that is gone must not look like one that is slow."""
+        with self._lock:
+            if quiet_s < TELL_S or time.monotonic() - self._told_s < TELL_S:
+                return
+            self._told_s = time.monotonic()
+        left = f"trying for {patience_s - quiet_s:.0f} s more"
+        print(f"{self.url}: nothing has succeeded for {quiet_s:.0f} s ({problem}); {left}", file=sys.stderr, flush=True)
 
     def _try(
         self, method: str, path: str, body: bytes | None, accept: str, ended: threading.Event

@@ -74,7 +74,7 @@ class PeerServer:
             )
         prompt = tuple(self._tokenizer.encode("The first prime numbers are 2, 3,", add_special_tokens=False))
         request = SampleRequest("probe", 0, prompt, 1)
-        first, second = (self._choice(request, params, capture) for params in PROBES)
+        first, second = self._probed(request, capture)
         self._check_tokenizer(first)
         if capture:
             plain, heated = (self._entries(choice, 0) for choice in (first, second))
@@ -90,6 +90,15 @@ class PeerServer:
             self._dists(first, _ids(first), capture)
             self.limitations = [BATCH, TAIL, NO_LOGSUMEXP]
         self._prepared.add(capture)
+
+    def _probed(self, request: SampleRequest, capture: CaptureSpec | None) -> list[dict]:
+        try:
+            return [self._choice(request, params, capture) for params in PROBES]
+        except ServiceError as error:
+            if capture is None or "logprobs" not in error.what:
+                raise
+            remedy = f"Start vLLM with --max-logprobs {capture.k_max}, or lower teacher.capture.k_max."
+            raise self._cannot(error.what, remedy, capture.k_max) from None
 
     def _check_tokenizer(self, choice: dict) -> None:
         ids = _ids(choice)

@@ -211,6 +211,25 @@ def test_patience_ends_with_what_went_wrong_last(peer):
     assert "what is finished is kept" in error.value.remedy
 
 
+def test_a_server_that_is_gone_is_told_of_while_it_is_waited_for(peer, monkeypatch, capsys):
+    monkeypatch.setattr(client_http, "TELL_S", 0.2)
+    client = teacher(peer, patience_s=1.0)
+    peer.replies += [(503, {"error": {"message": "out of order"}})] * 500
+    with pytest.raises(ServiceError):
+        list(client.sample(asked(8), PARAMS))
+    lines = capsys.readouterr().err.splitlines()
+    assert 2 <= len(lines) <= 5  # of all four connections together
+    assert all(peer.url in line and "503: out of order" in line and "s more" in line for line in lines)
+
+
+def test_a_server_that_allows_fewer_log_probabilities_is_refused_with_its_option(peer):
+    client, message = teacher(peer), "Requested sample logprobs of 64, which is greater than max allowed: 20"
+    peer.replies.append((400, {"error": {"message": message}}, ()))
+    with pytest.raises(ServiceError, match=message) as error:
+        client.sample(asked(1), PARAMS, CaptureSpec(64, 1e-3))
+    assert "--max-logprobs 64" in error.value.remedy and "k_max" in error.value.remedy
+
+
 def test_a_server_that_is_not_there_is_told_of(peer, monkeypatch):
     monkeypatch.setattr(client_http, "MEETING_S", 0.2)
     with pytest.raises(ServiceError, match="Connection refused"):
