@@ -20,7 +20,7 @@ in the place of the tail.
 import os
 
 # One core: read by numpy and by the tokenizers when they are loaded.
-os.environ |= {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
 
 import argparse
 import platform

@@ -23,7 +23,7 @@ from distill.align_bytes import ByteTokenizer, gather_runs
 from distill.align_keep import KeepCounts, count_keep
 from distill.align_pairs import PairMask
 from distill.align_report import coverage
-from distill.align_spans import Alignment
+from distill.align_spans import ALIGNED, UNCOVERED, Alignment
 from distill.align_tables import load_tables
 from distill.align_targets import BucketTargets
 from distill.records import CaptureSpec, TokenDists
@@ -98,5 +98,18 @@ class Aligner:
         return align_read.read_targets(self.tables, alignment, dists, keep_P=self.keep_P, pairs=self.pairs)
 
     def coverage(self, alignment: Alignment, kind_N: np.ndarray | None = None) -> np.ndarray:
-        """Positions by kind and class of text, see align_report."""
-        return coverage(self.teacher, alignment, kind_N)
+        """Positions by kind and class of text, see align_report. kind_N: the targets' where they are made; else what
+        they will be, as the text alone tells."""
+        return coverage(self.teacher, alignment, self._foreseen(alignment) if kind_N is None else kind_N)
+
+    def _foreseen(self, alignment: Alignment) -> np.ndarray:
+        """kind_N of the targets: an aligned position will be uncovered where the pair mask rules out the teacher's own
+        token. (Another of its bucket may stay, which hardly ever happens.)"""
+        kind_N = alignment.kind_N.copy()
+        asked = np.flatnonzero((kind_N == ALIGNED) & (alignment.before_N >= 0))
+        token = alignment.teacher_ids_T[alignment.teacher_N[asked]]
+        if not self.tables.identical:
+            text = ~self.tables.marker_T[token]
+            asked, first = asked[text], self.tables.pieces_P[self.tables.offsets_T1[token[text]]]
+            kind_N[asked[~self.pairs.valid(alignment.before_N[asked], first)]] = UNCOVERED
+        return kind_N

@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Iterator
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 # Between texts that are encoded in one call; an added token is cut out before anything else, so neighbours never meet.
 SEPARATOR = "\U0010fffd\U0010fffc\U0010fffd"
 TEXTS_PER_CALL, LETTERS_PER_CALL = 2048, 4_000_000
+LETTERS_PER_PART = 20_000  # of a call: parts are encoded in parallel
 SPACE = "\u2581"
 
 
@@ -105,6 +107,10 @@ class ByteTokenizer:
                 found[index] = ids if self._is(ids, texts[index]) else self._spell(decoded)
         return found
 
+    def can_write(self, text: bytes) -> bool:
+        """Whether the vocabulary has a token for each of these bytes."""
+        return -1 not in [self._byte_ids[b] for b in text]
+
     def encode_pieces(self, texts: list[bytes]) -> list[np.ndarray]:
         """encode() of the strings of a vocabulary: one that is no UTF-8 is the middle of some text, whose other part
         may belong to the same word, so it is merged as one word."""
@@ -120,8 +126,9 @@ class ByteTokenizer:
 
     def encode_texts(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(ids, first, last): text i, without SEPARATOR in it, is ids[first[i]:last[i]]; bytes are not compared."""
-        joined = self._backend.encode_batch_fast([SEPARATOR.join(texts)], add_special_tokens=False)[0]
-        ids_N = np.array(joined.ids, np.int64)
+        joined = [SEPARATOR.join(part) for part in _parts(texts)]
+        found = self._backend.encode_batch_fast(joined, add_special_tokens=False)
+        ids_N = np.concatenate([ids for each in found for ids in ([self._separator], each.ids)][1:]).astype(np.int64)
         cuts = np.flatnonzero(ids_N == self._separator)
         return ids_N, np.append(0, cuts + 1), np.append(cuts, len(ids_N))
 
@@ -158,15 +165,14 @@ class ByteTokenizer:
             ids = np.array([token.id for token in tokens], np.int64)
             if self._is(ids, raw):
                 return ids
-        ids = [self._byte_ids[b] for b in raw]
-        if -1 in ids:
+        if not self.can_write(raw):
             raise DataError(
                 "the tokenizer has no token for a byte of this text",
                 where=self.where,
                 value=raw[:40],
                 remedy="Use a byte-level or byte-fallback tokenizer with all 256 bytes.",
             )
-        return np.array(ids, np.int64)
+        return np.array([self._byte_ids[b] for b in raw], np.int64)
 
     @cached_property
     def _byte_ids(self) -> list[int]:
@@ -185,6 +191,15 @@ def _chunks(plain: list[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
             chunk, letters = [], 0
     if chunk:
         yield chunk
+
+
+def _parts(texts: list[str]) -> Iterator[list[str]]:
+    """The texts in order, in runs of at least so many letters; one empty run of none."""
+    ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
+    cuts = np.flatnonzero(np.diff(ends // LETTERS_PER_PART, prepend=0)) + 1
+    for first, last in pairwise([0, *cuts.tolist(), len(texts)]):
+        if first < last or not texts:
+            yield texts[first:last]
 
 
 def gather_runs(values: np.ndarray, starts_N: np.ndarray, lens_N: np.ndarray) -> np.ndarray:

@@ -41,6 +41,7 @@ from distill.align_targets import (
     check_same_text,
     concatenate,
     normalise,
+    spread_tail,
 )
 from distill.records import TokenDists
 
@@ -106,11 +107,8 @@ def _candidates(
         possible_S[asked] = pairs.valid(before_S[asked], tables.pieces_P[at_S[asked]])
         merged = asked[~possible_S[asked]]
         valid_R -= np.bincount(row_S[merged], np.exp(logp_S[merged]), minlength=count)
-    rank_S = np.arange(len(row_S)) - np.repeat(np.cumsum(sizes_R) - sizes_R, sizes_R)
-    late_S = 2 * rank_S >= np.repeat(sizes_R, sizes_R)
-    late_R = np.bincount(row_S, late_S * np.exp(logp_S), minlength=count)
-    per_late_R = np.where(depth_R > 0, 0.0, cached.tail_T[token_R] / np.where(late_R > 0, late_R, 1.0))
-    said = Candidates(row_S, at_S, logp_S, late_S, per_late_R, depth_R > 0)
+    tail = spread_tail(row_S, logp_S, sizes_R, np.where(depth_R > 0, 0.0, cached.tail_T[token_R]))
+    said = Candidates(row_S, at_S, logp_S, *tail, depth_R > 0)
     return said if possible_S.all() else said.only(possible_S), lost_R, valid_R
 
 

@@ -27,15 +27,14 @@ CLASSES = ("other", *_CLASSES)
 _PATTERNS = [re.compile(pattern, re.DOTALL) for pattern in _CLASSES.values()]
 
 
-def coverage(teacher: ByteTokenizer, alignment: Alignment, kind_N: np.ndarray | None = None) -> np.ndarray:
+def coverage(teacher: ByteTokenizer, alignment: Alignment, kind_N: np.ndarray) -> np.ndarray:
     """int64 [kinds, classes]: positions by kind (KINDS) and by what stands at their first byte that is no space
-    (CLASSES). kind_N: from the targets where there are some (they know of uncovered positions). Counts add up."""
+    (CLASSES). kind_N: those of the targets; an alignment does not know of uncovered positions. Counts add up."""
     text = teacher.join(alignment.teacher_ids_T)
     class_B = np.concatenate([classify(text[a:b].tobytes()) for a, b in _spans(teacher, alignment)] or [text])
     at_N = np.cumsum(alignment.lens_N) - alignment.lens_N
     at_N = at_N + ((alignment.lens_N > 1) & (text[at_N] == ord(" ")))
-    kinds_N = alignment.kind_N if kind_N is None else kind_N
-    joint = kinds_N.astype(np.int64) * len(CLASSES) + class_B[at_N]
+    joint = kind_N.astype(np.int64) * len(CLASSES) + class_B[at_N]
     return np.bincount(joint, minlength=len(KINDS) * len(CLASSES)).reshape(len(KINDS), len(CLASSES))
 
 

@@ -14,7 +14,7 @@ Shape legend: T teacher ids, S student ids, P pieces of all teacher ids one behi
 from __future__ import annotations
 
 import os
-import zipfile
+import warnings
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -81,25 +81,38 @@ class PairTables:
 def load_tables(teacher: ByteTokenizer, student: ByteTokenizer, cache_dir: Path | None = None) -> PairTables:
     """The tables of this pair: from cache_dir if they are there, else built (seconds) and kept there.
 
-    The file is named by the fingerprints of both tokenizers. Errors: DataError for a file that cannot be read.
+    The file is named by the fingerprints of both tokenizers. A folder that cannot be written is warned of: the tables
+    are then made at every start. Errors: DataError for a file that cannot be read.
     """
     if cache_dir is None:
         return build_tables(teacher, student)
     path = Path(cache_dir) / f"tables-{teacher.fingerprint}-{student.fingerprint}-v{VERSION}.npz"
-    if path.exists():
+    if os.path.exists(path):
         return _read(path)
     tables = build_tables(teacher, student)
+    try:
+        _write(tables, path)
+    except OSError as error:
+        if not os.path.exists(path):  # else another process was faster, perhaps one on another machine
+            warnings.warn(
+                f"{path.parent}: the alignment tables cannot be kept here ({error}), so every start makes them again. "
+                "Set XDG_CACHE_HOME to a folder that you may write to.",
+                stacklevel=2,
+            )
+    return tables
+
+
+def _write(tables: PairTables, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, **{field.name: getattr(tables, field.name) for field in fields(PairTables)})
-    return tables
 
 
 def _read(path: Path) -> PairTables:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return PairTables(**{field.name: arrays[field.name] for field in fields(PairTables)})
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # damaged bytes meet zip, zlib and the parser of numpy's headers, each with its own
         raise DataError(
             f"the alignment tables cannot be read: {error}",
             where=str(path),
@@ -169,6 +182,7 @@ def _roots(teacher: ByteTokenizer, student: ByteTokenizer, pieces: list[np.ndarr
     texts = [index for index, each in enumerate(student.bytes_V) if each and index not in student.markers]
     step_S = np.arange(len(student))
     alone = [index for index in texts if student.bytes_V[index] not in teacher.id_of_bytes]
+    alone = [index for index in alone if teacher.can_write(student.bytes_V[index])]  # others stand for themselves
     for index, ids in zip(alone, teacher.encode_pieces([student.bytes_V[index] for index in alone])):
         first = teacher.bytes_V[ids[0]]
         step_S[index] = shared[first] if first in shared else pieces[ids[0]][0]

@@ -88,7 +88,8 @@ class Candidates:
 
     row_S: the position. at_S: the piece (index into pieces_P) by which it would show. logp_S: log-probability. late_S:
     among the less likely half of its teacher token's support. per_late_R: the tail's mass for a unit of the late ones'.
-    changed_R: whether the position lost or reweighed one.
+    bare_R: that of a tail without late ones, behind a single candidate. changed_R: whether the position lost or
+    reweighed one.
     """
 
     row_S: np.ndarray
@@ -96,6 +97,7 @@ class Candidates:
     logp_S: np.ndarray
     late_S: np.ndarray
     per_late_R: np.ndarray
+    bare_R: np.ndarray
     changed_R: np.ndarray
 
     def only(self, keep_S: np.ndarray) -> Candidates:
@@ -103,7 +105,7 @@ class Candidates:
         changed_R = self.changed_R.copy()
         changed_R[self.row_S[~keep_S]] = True
         of_entry = (self.row_S, self.at_S, self.logp_S, self.late_S)
-        return Candidates(*(values_S[keep_S] for values_S in of_entry), self.per_late_R, changed_R)
+        return Candidates(*(values_S[keep_S] for values_S in of_entry), self.per_late_R, self.bare_R, changed_R)
 
     def weighed(self, keep_S: np.ndarray) -> Candidates:
         """Every candidate's probability times keep."""
@@ -179,12 +181,19 @@ def _candidates(
         asked = np.flatnonzero(possible_S & (depth_S == 0) & (before_S >= 0) & ~tables.marker_T[ids_S])
         possible_S[asked] = pairs.valid(before_S[asked], tables.pieces_P[at_S[asked]])
     logp_S = cached.logprobs_S[entries_S].astype(np.float64)
+    tail = spread_tail(row_S, logp_S, sizes_R, np.where(inner_R, 0.0, cached.tail_T[token_R]))
+    said = Candidates(row_S, at_S, logp_S, *tail, inner_R)
+    return said if possible_S.all() else said.only(possible_S)
+
+
+def spread_tail(
+    row_S: np.ndarray, logp_S: np.ndarray, sizes_R: np.ndarray, tail_R: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """late_S, per_late_R and bare_R of Candidates, of whole supports. tail_R: its mass, 0 where it says nothing."""
     rank_S = np.arange(len(row_S)) - np.repeat(np.cumsum(sizes_R) - sizes_R, sizes_R)
     late_S = 2 * rank_S >= np.repeat(sizes_R, sizes_R)
-    late_R = np.bincount(row_S, late_S * np.exp(logp_S), minlength=len(rows_R))
-    per_late_R = np.where(inner_R, 0.0, cached.tail_T[token_R] / np.where(late_R > 0, late_R, 1.0))
-    said = Candidates(row_S, at_S, logp_S, late_S, per_late_R, inner_R)
-    return said if possible_S.all() else said.only(possible_S)
+    late_R = np.bincount(row_S, late_S * np.exp(logp_S), minlength=len(sizes_R))
+    return late_S, tail_R / np.where(late_R > 0, late_R, 1.0), np.where(late_R > 0, 0.0, tail_R)
 
 
 def _from_tail(cached: TokenDists, capture: CaptureSpec) -> tuple[np.ndarray, np.ndarray]:
@@ -211,7 +220,7 @@ def by_bucket(
     """(row, root, log mass) of every outcome: row by row, each row in the order of first mention; mass of the rest.
 
     The tail goes to outcomes and to the rest as the late candidates do: those that bring a new outcome stand for the
-    rest, those that repeat one for their outcome.
+    rest, those that repeat one for their outcome. A bare one is the rest's.
     """
     roots_S = tables.root_S[tables.pieces_P[said.at_S]]
     order = np.argsort(said.row_S * len(tables.root_S) + roots_S, kind="stable")
@@ -220,7 +229,8 @@ def by_bucket(
     new_S[1:] = (row_S[1:] != row_S[:-1]) | (root_S[1:] != root_S[:-1])
     again_S = late_S & ~new_S
     logp_S = said.logp_S[order] + np.log1p(said.per_late_R[row_S] * again_S)
-    rest_R = said.per_late_R * np.bincount(row_S, late_S * new_S * np.exp(logp_S), minlength=len(tail_R))
+    late_R = np.bincount(row_S, late_S * new_S * np.exp(logp_S), minlength=len(tail_R))
+    rest_R = said.bare_R + said.per_late_R * late_R
     whole_R = ~said.changed_R
     whole_R[row_S[again_S]] = False
     rest_R[whole_R] = tail_R[whole_R]

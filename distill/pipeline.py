@@ -16,7 +16,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from distill import dist, files, prompts, publish, traceset
+from distill import align_fit, dist, files, prompts, publish, traceset
 from distill.checkpoints import fingerprint_checkpoint, resolve_checkpoint
 from distill.client import ServiceTeacher
 from distill.commit import commit
@@ -93,9 +93,9 @@ class Pipeline:
         stage = self._open("prompts", prompts.source_hashes(self.config.prompts))
         if self._skip(stage):
             return
-        self.ranks.on_main(lambda: prompts.make_prompts(self.config, stage) and None)
-        counts = stage.manifest["counts"]
-        self.ranks.print(f"{stage.title}: {json.dumps(counts)}")
+        models = (self.config.teacher.path, *(student.path for student in self.config.students))
+        self.ranks.on_main(lambda: prompts.make_prompts(self.config, stage, prompts.special_of(models)) and None)
+        self.ranks.print(f"{stage.title}: {json.dumps(stage.manifest['counts'])}")
 
     def traces(self) -> None:
         """2-traces, 3-logits: what the teacher says and might have said; 3-logits/NAME: where somebody else wrote."""
@@ -110,6 +110,7 @@ class Pipeline:
         traces, logits = self._open("traces", inputs), self._open("logits", inputs)
         if self._skip(traces) and self._skip(logits, quiet=True):
             return
+        self.ranks.on_main(lambda: align_fit.check_tokenizers(self.config))
         train = prompts.load_prompts(self.folder.stage("prompts"), "train")
         TracesStage(self.config, traces, logits, self.ranks, engine, self.split).run(train)
         record = self._service_record(engine)
@@ -213,7 +214,7 @@ class Pipeline:
 
     def _entrants(self) -> list[Entrant]:
         teacher = self.config.teacher.path
-        who = Candidate("teacher", "teacher", self._teacher_fingerprint())
+        who = Candidate("teacher", "teacher", fingerprint=self._teacher_fingerprint())
         found = [Entrant(who, load_tokenizer(teacher), self._open_teacher)]
         bases = {student.path: base_name(student, self.config.students) for student in self.config.students}
         for path, name in bases.items():
@@ -376,8 +377,7 @@ class Pipeline:
             raise damaged[0]
 
     def _skip(self, stage: StageFolder, quiet: bool = False) -> bool:
-        done = self.ranks.on_main(lambda: stage.done)
-        if done and not quiet:
+        if (done := self.ranks.on_main(lambda: stage.done)) and not quiet:
             self.ranks.print(f"{stage.title}: finished before, skipped (took {stage.manifest['wall_s']:.0f} s)")
         return done
 

@@ -63,7 +63,12 @@ class AlignedSignal:
 
     def describe(self) -> str:
         """A table: what share of the positions has a distribution, by kind of text."""
-        return "" if self.coverage is None else coverage_text(coverage_rows(self.coverage))
+        if self.coverage is None:
+            return ""
+        own, teacher = self.aligner.student.where, self.aligner.teacher.where
+        title = f"what is known of {own}'s tokens of the text of {teacher}, before any is left out as too long\n"
+        title += "(what is neither aligned nor inner is learned from the text alone):"
+        return f"{title}\n{coverage_text(coverage_rows(self.coverage))}"
 
     def targets(
         self, completions: list[list[int]], teacher_ids: list[list[int]], dists: list[TokenDists], capture: CaptureSpec

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 from align_world import byte_fallback, byte_level, ids_of, pieces_of
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers, pre_tokenizers
 
+from distill import align_bytes
 from distill.align_bytes import SEPARATOR, ByteTokenizer, run_index
 from distill.errors import DataError, ModelError
 
@@ -33,6 +35,17 @@ TEXTS = st.one_of(
         max_size=8,
     ).map(b"".join),
 )  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(TEXTS, max_size=12), letters=st.integers(1, 40))
+def test_where_a_call_is_cut_for_the_cores_changes_nothing(tokenizers, texts, letters, monkeypatch):
+    whole = [each.encode(texts) for each in tokenizers]
+    with monkeypatch.context() as patch:
+        patch.setattr(align_bytes, "LETTERS_PER_PART", letters)
+        cut = [each.encode(texts) for each in tokenizers]
+    for ours, theirs in zip(whole, cut, strict=True):
+        assert list(map(list, ours)) == list(map(list, theirs))
 
 
 @settings(max_examples=200, deadline=None)
@@ -70,6 +83,16 @@ def test_the_normalizer_changes_no_bytes():
     tokenizer = ByteTokenizer(byte_level([(b" ", b"a"), (b"a", b"b")], nfc=True, pattern=r"\s|\S+"))
     # and the rest of the tokenizer works as ever: its word rule cuts before anything merges
     assert pieces_of(tokenizer, tokenizer.encode(["e\u0301 ab".encode()])[0]) == [b"e", b"\xcc", b"\x81", b" ", b"ab"]
+
+
+@pytest.mark.parametrize("scheme", ["always", "first"])
+def test_a_space_that_the_tokenizer_would_put_before_a_text_is_left_out_and_nothing_is_cut_finer(scheme):
+    tokenizer = byte_fallback(["\u2581", *"theab"], [("t", "h"), ("th", "e"), ("\u2581", "the")])
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([])
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    own = ByteTokenizer(tokenizer)
+    assert tokenizer.tokenize("the the") == ["\u2581the"] * 2
+    assert pieces_of(own, own.encode([b"the the"])[0]) == [b"the", b" the"]
 
 
 def test_a_special_token_in_a_text_is_plain_characters(tokenizers):

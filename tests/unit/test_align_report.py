@@ -2,10 +2,12 @@
 
 import numpy as np
 from align_world import byte_level, ids_of
+from test_align_exact import random_merges
+from test_align_targets import CAPTURE, dists_of, one_hot
 
 from distill.align import Aligner
 from distill.align_report import CLASSES, classify, coverage_rows, coverage_text, covered_share
-from distill.align_spans import ALIGNED, INNER
+from distill.align_spans import ALIGNED, INNER, UNCOVERED
 
 
 def names(text: str) -> list[str]:
@@ -32,6 +34,22 @@ def test_positions_are_counted_by_kind_and_by_the_character_behind_the_space():
     assert counts[ALIGNED, CLASSES.index("digits")] == 2 and counts[INNER, CLASSES.index("digits")] == 1
     assert counts[ALIGNED, CLASSES.index("other")] == 3
     np.testing.assert_array_equal(aligner.coverage(aligner.align([])), 0 * counts)
+
+
+def test_what_is_told_before_any_target_is_made_is_what_the_targets_have():
+    uncovered = 0
+    for seed in range(60):
+        rng, alphabet = np.random.default_rng(seed), b"ab1 "
+        sizes = rng.integers(1, 14, 2)
+        aligner = Aligner(*(byte_level(random_merges(rng, alphabet, n), alphabet=alphabet) for n in sizes))
+        text = [i for i in range(len(aligner.teacher)) if i not in aligner.teacher.markers]
+        traces = [[*rng.choice(text, 12).tolist(), aligner.teacher.stop_ids[0]] for _ in range(10)]
+        alignment = aligner.align(traces)
+        targets = aligner.targets(alignment, [dists_of(one_hot(ids), ids) for ids in traces], CAPTURE)
+        counts = aligner.coverage(alignment)
+        np.testing.assert_array_equal(counts, aligner.coverage(alignment, targets.kind_N))
+        uncovered += counts[UNCOVERED].sum()
+    assert uncovered > 0
 
 
 def test_shares_and_text():

@@ -1,5 +1,8 @@
 """Laws of the tables of a pair: pieces, roots, buckets, prefixes; the file that keeps them; markers by meaning."""
 
+from dataclasses import fields
+from multiprocessing import get_context
+
 import numpy as np
 import pytest
 from align_world import byte_fallback, byte_level, ids_of, pieces_of
@@ -9,7 +12,7 @@ from test_align_exact import random_merges
 
 from distill.align_bytes import ByteTokenizer
 from distill.align_markers import match_markers
-from distill.align_tables import build_tables, load_tables
+from distill.align_tables import PairTables, build_tables, load_tables
 from distill.errors import DataError
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -87,6 +90,15 @@ def test_a_vocabulary_with_spaces_and_bytes_of_its_own_meets_a_byte_level_one():
     assert len(same) == 2 and {int(tables.root_S[index]) for index in same} == {student.id_of_bytes[b"a"]}
 
 
+def test_what_the_teacher_has_no_bytes_for_stands_for_itself():
+    teacher = ByteTokenizer(byte_level([(b"a", b"b")], alphabet=b"ab"))
+    student = ByteTokenizer(byte_level([(b"a", b"x"), (b"b", b"a")], alphabet=b"abx"))
+    tables = build_tables(teacher, student)
+    a, b, x, ax, ba = ids_of(student, b"a", b"b", b"x", b"ax", b"ba")
+    assert tables.root_S[[a, b, x, ax, ba]].tolist() == [a, b, x, ax, b]
+    assert pieces(tables, student, *ids_of(teacher, b"ab")) == [b"a", b"b"]
+
+
 def test_one_tokenizer_is_the_identity_even_for_tokens_that_it_would_never_write():
     tokenizer = ByteTokenizer(byte_level([(b"b", b"c"), (b"a", b"b")]))  # "ab" of "abc" never survives
     tables = build_tables(tokenizer, ByteTokenizer(tokenizer.tokenizer))
@@ -105,6 +117,15 @@ def test_markers_meet_by_meaning():
     assert pieces_of(student, found[think]) == [bytes([b]) for b in b"<think>"]
     back = match_markers(student, teacher)
     assert set(back) == student.markers and back[ids_of(student, b"<eot>")[0]] == [end]
+
+
+def test_whatever_ends_the_teachers_text_is_what_ends_the_students_turn():
+    """Also where the student's end of sequence is another token, and the teacher has two that end a text."""
+    teacher, student = byte_level([]), byte_level([], end="<eot>")
+    for tokenizer in (teacher, student):
+        tokenizer.add_special_tokens({"eos_token": "<eos>"})
+    found = match_markers(ByteTokenizer(teacher), ByteTokenizer(student))
+    assert [found[teacher.get_vocab()[name]] for name in ("<|end|>", "<eos>")] == [[student.get_vocab()["<eot>"]]] * 2
 
 
 def test_an_unknown_marker_is_its_written_form():
@@ -128,6 +149,57 @@ def test_tables_come_back_from_their_file_and_another_pair_has_another(tmp_path)
     assert path.stat().st_mtime_ns == stamp
     load_tables(student, teacher, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def flipped(raw: bytes, byte: int) -> bytes:
+    return raw[:byte] + bytes([raw[byte] ^ 4]) + raw[byte + 1 :]
+
+
+def same_or_refused(path, read, expected) -> None:
+    """The file gives the tables that were written, or an error that names it."""
+    try:
+        found = read()
+    except DataError as error:
+        assert str(path) in str(error)
+    else:
+        for field in fields(PairTables):
+            np.testing.assert_array_equal(getattr(found, field.name), getattr(expected, field.name))
+
+
+def test_no_flipped_bit_is_taken_for_a_table_or_ends_in_another_error(tmp_path):
+    teacher, student = random_pair(3)
+    made = load_tables(teacher, student, tmp_path)
+    (path,) = tmp_path.iterdir()
+    raw = path.read_bytes()
+    for byte in range(0, len(raw), 7):
+        path.write_bytes(flipped(raw, byte))
+        same_or_refused(path, lambda: load_tables(teacher, student, tmp_path), made)
+
+
+def test_a_folder_that_cannot_be_written_costs_a_warning_and_no_run(tmp_path):
+    teacher, student = random_pair(3)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.warns(UserWarning, match="XDG_CACHE_HOME"):
+        found = load_tables(teacher, student, tmp_path / "file" / "align")
+    np.testing.assert_array_equal(found.pieces_P, build_tables(teacher, student).pieces_P)
+
+
+def make_tables(teacher, student, folders, expected):
+    assert all(np.array_equal(load_tables(teacher, student, each).nodes_P, expected) for each in folders)
+
+
+def test_processes_that_make_one_file_at_once_all_have_it_and_leave_it_whole(tmp_path):
+    teacher, student = random_pair(3)
+    folders, expected = [tmp_path / str(i) for i in range(20)], build_tables(teacher, student).nodes_P
+    workers = [
+        get_context("fork").Process(target=make_tables, args=(teacher, student, folders, expected)) for _ in range(4)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    assert [len(list(folder.iterdir())) for folder in folders] == [1] * 20
 
 
 @pytest.mark.parametrize("damage", [lambda raw: raw[:100], lambda raw: b"", lambda raw: raw[:-40] + bytes(40)])

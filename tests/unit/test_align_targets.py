@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from test_logit_cache import random_dists
 
 from distill.align import Aligner
+from distill.align_keep import KeepCounts
 from distill.align_spans import ALIGNED, CONTRADICTED, COVERED, INNER, INSIDE, UNCOVERED
 from distill.align_targets import PaddedTargets, pad
 from distill.cache_codec import prune
@@ -236,6 +237,29 @@ def test_positions_without_a_distribution_say_nothing_but_their_label():
     assert targets.kind_N.tolist() == [CONTRADICTED, INSIDE]
     assert targets.offsets_N1.tolist() == [0, 0, 0] and targets.tail_N.tolist() == [1, 1]
     assert pad(targets, aligner.tables).label_group_N.tolist() == [-1, -1]
+
+
+def test_the_tail_behind_a_single_candidate_is_the_rest_however_that_one_is_weighed():
+    """Most positions of a sure teacher; no less likely half of the support says what such a tail is like."""
+    aligner = Aligner(byte_level(NUMERALS), byte_level([]))
+    ids = ids_of(aligner.teacher, b"a", b"12")
+    alignment, dists = aligner.align([ids]), dists_of([{token: 0.999} for token in ids], ids)
+    for keep in (1.0, 0.8):
+        aligner.keep_P = np.full(len(aligner.tables.pieces_P), keep)
+        rest = 0.001 / (0.999 * keep + 0.001)
+        targets = aligner.targets(alignment, [dists], CAPTURE)
+        assert targets.tail_N == pytest.approx([rest, rest, 0], abs=1e-7)
+        assert outcomes(targets, aligner, 0) == pytest.approx({b"a": 1 - rest}, abs=1e-7)
+        read, _, _ = aligner.read_targets(alignment, [dists])
+        assert read.tail_N == pytest.approx([0.001 + 0.999 * (1 - keep)] * 2 + [1 - keep], abs=1e-7)
+        assert outcomes(read, aligner, 0) == pytest.approx({b"a": 0.999 * keep}, abs=1e-7)
+
+
+def test_a_piece_that_was_seldom_seen_is_kept_as_often_as_all_are():
+    counts = KeepCounts(np.array([10, 0, 90]), np.array([5, 0, 90]))
+    all_ = 96 / 101
+    assert counts.shares() == pytest.approx([(5 + 4 * all_) / 14, all_, (90 + 4 * all_) / 94])
+    assert KeepCounts(np.array([3, 0]), np.array([3, 0])).shares().tolist() == [1.0, 1.0]
 
 
 def test_a_position_whose_candidates_are_all_ruled_out_is_counted_apart():

@@ -44,7 +44,9 @@ def test_the_students_tokens_have_the_bytes_of_the_teachers_and_positions_are_co
         assert example.completion_ids[-1] == end_id(student) and example.sampled_ids == sampled[example.key]
     kinds = {name: count for name, count in data.counts.items() if name.startswith("positions_")}
     assert sum(kinds.values()) == data.counts["trained_tokens"] and kinds["positions_aligned"] > 0
-    assert kinds["positions_inner"] > 0 and "digits" in data.aligned.describe()
+    assert kinds["positions_inner"] > 0
+    title, _, table = data.aligned.describe().split("\n", 2)
+    assert str(student.name_or_path) in title and path in title and "digits" in table
     assert len(list(cache.rglob("tables-*.npz"))) == 1
 
 
