@@ -91,7 +91,7 @@ def train_memory(g: Geometry, train: Train, gpus: int, adapter: Adapter | None =
         "weights": state.weights / share[0] if train.offload_params == "none" else 0.0,
         "gradients": state.gradients / share[1],
         "optimizer": state.optimizer / share[2] if train.offload == "none" else 0.0,
-        "average": state.average / share[2],
+        "average": state.average / share[2] if train.offload == "none" else 0.0,
         "activations": activation_bytes(g, tokens, train, element),
         "logits chunk": 4.0 * min(CHUNK_TOKENS, tokens) * g.vocab_size,
         "gathered layers": float(gathered * element),

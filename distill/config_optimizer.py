@@ -37,14 +37,9 @@ def optimizer_problems(config: Config, origin: Origin) -> Iterator[Problem]:
         yield problem("master_weights", "offloaded state comes with them. Use float32, or offload: none.", "offload")
     if train.master_weights == "none" and train.dtype == "float32":
         yield problem("master_weights", "weights of float32 need none. Use float32, or dtype: bfloat16.", "dtype")
-    if train.ema_decay and train.zero_stage == 3 and train.offload != "none":
-        must = "ZeRO-3 cannot average weights that are offloaded. Use 0, offload: none, or zero_stage: 2."
-        yield problem("ema_decay", must, "offload", "zero_stage")
-    if train.offload_params == "nvme" and (train.optimizer != "adamw" or train.master_weights == "none"):
-        must = "weights in files need master weights of float32 with moments as wide. Use adamw and float32, or cpu."
-        yield problem("offload_params", must, "optimizer", "master_weights")
-    if train.ema_decay and train.offload_params == "nvme":
-        yield problem("ema_decay", "weights in files have no average. Use 0, or offload_params: cpu.", "offload_params")
+    if train.offload_params == "nvme" and train.master_weights == "none":
+        must = "weights in files need master weights of float32. Use float32, or offload_params: cpu."
+        yield problem("offload_params", must, "master_weights")
     if train.optimizer == "paged_adamw8bit" and config.hardware.device == "cpu":
         must = "only CUDA moves pages between a GPU and its host. Use adamw8bit."
         yield Problem(
@@ -65,6 +60,12 @@ def optimizer_problems(config: Config, origin: Origin) -> Iterator[Problem]:
 def missing_for_optimizer(config: Config) -> Iterator[DistillError]:
     """CapacityErrors for packages, compilers and libraries that the chosen optimizer, offload and adapters need."""
     train, adapters = config.train, [student.adapter for student in config.students if student.adapter is not None]
+    if train.optimizer == "paged_adamw8bit" and not import_module("torch").cuda.is_available():
+        yield CapacityError(
+            "train.optimizer is paged_adamw8bit, but only CUDA moves pages between a GPU and its host, and there is no "
+            "GPU here",
+            remedy="Use --set train.optimizer=adamw8bit, or run on a GPU machine.",
+        )
     if train.optimizer != "adamw" and find_spec("bitsandbytes") is None:
         yield _missing(f"train.optimizer is {train.optimizer}", "bitsandbytes", "use adamw")
     if any(adapter.kind == "qlora" for adapter in adapters) and find_spec("bitsandbytes") is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import suppress
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,8 +35,7 @@ def sequence_problems(config: Config, origin: Origin) -> Iterator[Problem]:
 
 
 def misfit_for_sequence(config: Config) -> Iterator[DistillError]:
-    """ConfigErrors for students whose checkpoint here has a number of attention heads that cannot be shared out, or
-    whose tokenizer is not that of a teacher that reads texts for them."""
+    """ConfigErrors for students whose checkpoint here has a number of attention heads that cannot be shared out."""
     for student in config.students:
         heads = None
         with suppress(OSError, ValueError, AttributeError):  # what is wrong with a checkpoint is said elsewhere
@@ -45,26 +43,6 @@ def misfit_for_sequence(config: Config) -> Iterator[DistillError]:
         if isinstance(heads, int) and heads % config.train.sequence_parallel:
             where = f"train.sequence_parallel is {config.train.sequence_parallel}"
             yield ConfigError(f"{where}; {_must(heads, student.name)}")
-    train = config.train
-    for student in config.students if train.text_sets or train.on_policy else ():
-        if student.loss.kind == "logits" and train.sequence_parallel > 1 and _cut_otherwise(config, student.path):
-            must = f"it must be 1 for student {student.name}, whose tokenizer is not the teacher's"
-            yield ConfigError(
-                f"train.sequence_parallel is {train.sequence_parallel}; with text_sets or on_policy {must}: "
-                "a chunk of text needs one device"
-            )
-
-
-def _cut_otherwise(config: Config, path: str) -> bool:
-    """Whether both tokenizers are here and differ; one that cannot be read is told of elsewhere."""
-    if not (Path(path).is_dir() and Path(config.teacher.path).is_dir()):
-        return False
-    tokens = import_module("distill.tokens")  # a config is checked without transformers where it can be
-    with suppress(DistillError):
-        return tokens.fingerprint(tokens.load_tokenizer(path)) != tokens.fingerprint(
-            tokens.load_tokenizer(config.teacher.path)
-        )
-    return False
 
 
 def _must(heads: int, name: str) -> str:

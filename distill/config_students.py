@@ -74,7 +74,6 @@ class Train(Section):
         1, "devices that share a row, each with a part of its tokens", unit="devices", ge=1
     )
     offload: Literal["none", "cpu", "nvme"] = setting("none", "where optimizer state lives")
-    # No nvme: DeepSpeed 0.19.8 reads weights back into float32 as bfloat16, and runs out of its buffers in bfloat16.
     offload_params: Literal["none", "cpu", "nvme"] = setting("none", "where weights wait that no layer needs now")
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = setting(
         "adamw", "8bit: moments of 8 bits; paged: which CUDA moves to the host when the GPU is full"

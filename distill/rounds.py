@@ -7,7 +7,8 @@
     4-student/NAME/model, train.json, log.jsonl     the last round's model; all rounds' steps
 
 Only what ended by itself is read: a completion cut short, or one that never closed its reasoning, is counted and left
-out. A killed launch goes on in the round, and in the shard, in which it stopped.
+out; so is one with half a character in it, which no text can hold. A killed launch goes on in the round, and in the
+shard, in which it stopped.
 """
 
 import hashlib
@@ -35,7 +36,7 @@ from distill.prompts import load_prompts
 from distill.records import Prompt, Sample, SampleRequest, SamplingParams, sample_seed
 from distill.split import Split
 from distill.store import StageFolder
-from distill.tokens import PREFILL, THINK_CLOSE, fingerprint, load_tokenizer, render_prompt, stop_ids
+from distill.tokens import PREFILL, THINK_CLOSE, fingerprint, load_tokenizer, render_prompt, stop_ids, token_bytes
 from distill.tracking import Tracker
 from students.log import LOG
 from students.prepare import OwnText
@@ -144,10 +145,10 @@ class Rounds:
             bar.update()
         if name is None or split.tensor_rank > 0:
             return
-        counts = Counter(said=len(asked), refused=len(prompts) - len(asked), truncated=0, unclosed=0)
-        lines, stops = [], stop_ids(tokenizer)
+        counts = Counter(said=len(asked), refused=len(prompts) - len(asked), truncated=0, not_utf8=0, unclosed=0)
+        lines, bytes_V, stops = [], token_bytes(tokenizer), stop_ids(tokenizer)
         for prompt, _ in asked:
-            row = conversation(prompt, samples[prompt.key], tokenizer, stops)
+            row = conversation(prompt, samples[prompt.key], bytes_V, stops)
             if isinstance(row, str):
                 counts[row] += 1
             else:
@@ -204,12 +205,17 @@ def askable(prompts: Sequence[Prompt], tokenizer) -> list[tuple[Prompt, tuple[in
     return found
 
 
-def conversation(prompt: Prompt, sample: Sample, tokenizer, stops: Sequence[int]) -> list[dict] | str:
-    """The messages of a completion, which read as the very text that the student wrote; or why it is left out."""
+def conversation(prompt: Prompt, sample: Sample, bytes_V: Sequence[bytes], stops: Sequence[int]) -> list[dict] | str:
+    """The messages of a completion, which read as the very bytes that the student wrote; or why it is left out.
+
+    bytes_V: tokens.token_bytes of the student's tokenizer. stops: the ids that end a completion.
+    """
     if sample.finish_reason != "stop":
         return "truncated"
-    ids = [i for i in sample.completion_ids if i not in stops]
-    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    try:
+        text = b"".join(bytes_V[i] for i in sample.completion_ids if i not in stops).decode()
+    except UnicodeDecodeError:
+        return "not_utf8"
     messages = [("user", prompt.text), ("assistant", PREFILL + text)]
     if THINK_CLOSE not in text or Row(tuple(messages)).answer != text:
         return "unclosed"

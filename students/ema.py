@@ -1,25 +1,43 @@
-"""The moving average of a student's weights: average = decay * average + (1 - decay) * weights, after every step."""
+"""The moving average of a student's weights: average = decay * average + (1 - decay) * weights, after every step.
 
-from collections.abc import Iterator, Mapping
+It lies where the optimizer's state does; of state in files, which is then read once more a step, in host memory.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-Parts = Mapping[str, torch.Tensor]  # name -> this rank's part of a trained weight, the tensor that is updated itself
+from students import swapped
+
+# Name and this rank's part of each trained weight: the tensor that is updated itself, until the next is asked for.
+Parts = Iterable[tuple[str, torch.Tensor]]
 
 
-def trained_parts(model: nn.Module, stage: int) -> dict[str, torch.Tensor]:
-    """This rank's part of each trained weight of a model under DeepSpeed's ZeRO `stage`, as wide as it is kept."""
-    from deepspeed.utils import safe_get_local_fp32_param
+def trained_parts(model: nn.Module, stage: int, *, keep: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+    """This rank's part of each trained weight of a model under DeepSpeed's ZeRO `stage`, as wide as it is kept.
 
+    keep: what is written into a part that lies in a file stays in it.
+    """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if stage == 0:
-        return {name: parameter.detach() for name, parameter in trained.items()}
     if stage == 3:
-        return {name: safe_get_local_fp32_param(parameter) for name, parameter in trained.items()}
-    mapped = {name: parameter._hp_mapping for name, parameter in trained.items()}
-    return {name: mapping.get_hp_fragment() for name, mapping in mapped.items() if mapping is not None}
+        yield from _parts_of_stage_3(trained, keep)
+        return
+    for name, parameter in trained.items():
+        if stage == 0:
+            yield name, parameter.detach()
+        elif parameter._hp_mapping is not None:
+            yield name, parameter._hp_mapping.get_hp_fragment().detach()
+
+
+def _parts_of_stage_3(trained: Mapping[str, nn.Parameter], keep: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    optimizer = next(iter(trained.values()))._z3_optimizer
+    names = {id(parameter): name for name, parameter in trained.items()}
+    for number, (weights, owner) in enumerate(zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat)):
+        with swapped.at_hand(optimizer, number, keep=keep):
+            parts = owner.detach().split([weight.partition_numel() for weight in weights])
+            yield from ((names[id(weight)], part) for weight, part in zip(weights, parts))
 
 
 class MovingAverage:
@@ -27,38 +45,36 @@ class MovingAverage:
 
     def __init__(self, parts: Parts, decay: float):
         self.decay = decay
-        self._average = {name: part.detach().float().clone() for name, part in parts.items()}
+        self._average = {name: part.float().clone() for name, part in parts}
 
     def update(self, parts: Parts) -> None:
         """Takes the weights as they are after a step into the average."""
-        for name, average in self._average.items():
-            average.lerp_(parts[name].detach().float(), 1 - self.decay)
+        for name, part in parts:
+            self._average[name].lerp_(part.float(), 1 - self.decay)
 
     @contextmanager
-    def in_place_of(self, parts: Parts) -> Iterator[None]:
+    def in_place_of(self, parts: Callable[[], Parts]) -> Iterator[None]:
         """While this lasts the parts hold the average, rounded to their dtype; afterwards what they held before."""
-        held = {name: parts[name].detach().clone() for name in self._average}
+        held: dict[str, torch.Tensor] = {}
         try:
-            self._fill(parts, self._average)
+            for name, part in parts():
+                held[name] = part.clone()
+                part.copy_(self._average[name])
             yield
         finally:
-            self._fill(parts, held)
+            for name, part in parts() if held else ():
+                part.copy_(held.get(name, part))
 
     def state(self) -> dict[str, torch.Tensor]:
         return dict(self._average)
 
-    def load(self, state: Parts) -> None:
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
         """Restores `state`. KeyError or RuntimeError when it is of other weights or parts of them."""
-        self._fill(self._average, {name: state[name] for name in self._average})
+        for name, average in self._average.items():
+            average.copy_(state[name])
 
-    def load_flat(self, state: Parts) -> None:
+    def load_flat(self, state: Mapping[str, torch.Tensor]) -> None:
         """Restores flat parts, which may lack what fills up the end of this rank's. KeyError as `load`."""
         for name, average in self._average.items():
             part = state[name]
             average.view(-1)[: part.numel()].copy_(part)
-
-    @staticmethod
-    def _fill(parts: Parts, values: Parts) -> None:
-        with torch.no_grad():
-            for name, value in values.items():
-                parts[name].copy_(value)

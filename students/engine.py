@@ -11,6 +11,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -149,6 +150,8 @@ class StudentEngine:
         in any thread. With state in files they are written here: host memory may be too small for a copy."""
         if swapped.in_files(self._engine):
             swapped.save(self._engine, self._trained, folder / tag)
+            if self._average is not None:
+                swapped.write(self._average.state(), folder / tag / self._average_file)
             return self._engine.checkpoint_engine.take()
         self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
         if self._average is not None and (self.stage > 0 or self.ranks.is_main):
@@ -176,10 +179,11 @@ class StudentEngine:
         """Restores what a snapshot wrote; the number of ranks and the ZeRO stage must be the same."""
         if swapped.in_files(self._engine):
             universal.set_steps(self._engine, swapped.load(self._engine, folder / tag))
-            return
-        path, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=not self._frozen)
-        if path is None:
-            raise ModelError("DeepSpeed found no checkpoint", where=f"{folder}/{tag}", remedy="Delete this checkpoint.")
+        else:
+            path, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=not self._frozen)
+            if path is None:
+                where = f"{folder}/{tag}"
+                raise ModelError("DeepSpeed found no checkpoint", where=where, remedy="Delete this checkpoint.")
         if self._average is not None:
             self._average.load(load_file(folder / tag / self._average_file))
 
@@ -199,7 +203,8 @@ class StudentEngine:
         master = self._masters and dtype == torch.float32 and self.dtype != torch.float32
         averaged: AbstractContextManager = nullcontext()
         if self._average is not None:
-            averaged, master = self._average.in_place_of(trained_parts(self.module.model, self.stage)), self.stage > 0
+            parts = partial(trained_parts, self.module.model, self.stage, keep=True)
+            averaged, master = self._average.in_place_of(parts), self.stage > 0
 
         def value(parameter: nn.Parameter) -> torch.Tensor:
             return safe_get_full_fp32_param(parameter) if master and parameter.requires_grad else parameter.detach()

@@ -4,10 +4,11 @@ heads over all of its tokens.
 Outside attention a layer treats every token by itself, so a rank needs no token but its own. Around attention two
 all-to-alls change who holds what: tokens of all heads -> all tokens of some heads, and back. Packing boundaries, masks
 and the longest trace stay those of the whole row. The loss of a rank is that of its own trained tokens over the GLOBAL
-number of trained tokens, so losses and gradients add up over the ranks as they do without this.
+number of trained tokens, so losses and gradients add up over the ranks as they do without this. The likelihood of a
+chunk of text, whose tokens may lie on several ranks, is added up over them first (losses/chunks.py).
 
 Shape legend: N tokens of a row, P ranks that share it, L = N / P tokens of a rank, A query heads, G key-value heads,
-D head width, M trained positions. Suffix p: divided by P.
+D head width, M trained positions, C chunks of text of which this rank has tokens. Suffix p: divided by P.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -18,6 +19,8 @@ from transformers import PretrainedConfig
 
 from distill.dist import Ranks
 from distill.errors import ConfigError
+from distill.losses.buckets import BucketedTargets
+from distill.losses.sparse import SparseTargets
 from students.data import Batch
 
 
@@ -69,7 +72,12 @@ class RowRanks:
         changed |= {n: x[mine_m] for n, x in tensors.items() if n.endswith("_M")}
         changed["trained_M"] = changed["trained_M"] - first
         changed["seq_lens"] = batch.seq_lens + [filling] * (filling > 0)
-        return replace(batch, **changed, targets=batch.targets and batch.targets.rows(mine_m))
+        return replace(batch, **changed, targets=batch.targets and _numbered(batch.targets).rows(mine_m))
+
+    def add_up(self, names_C: torch.Tensor, values_CX: torch.Tensor, names: int) -> torch.Tensor:
+        """[C, X]: the values of each name, 0 .. names - 1, added up over the ranks that have it; all ranks call it."""
+        sent_KX = values_CX.new_zeros(names, values_CX.shape[1]).index_copy(0, names_C, values_CX)
+        return self._exchange(sent_KX.expand(self.size, -1, -1)).sum(0)[names_C]
 
     def _by_rank(self, x_1HLD: torch.Tensor) -> torch.Tensor:
         """[P, L, H/P, D], a view."""
@@ -78,6 +86,14 @@ class RowRanks:
     def _exchange(self, x_P: torch.Tensor) -> torch.Tensor:
         """x[i] of rank j where rank i had x[j]; differentiable, and visible to torch.compile."""
         return torch.ops.deepspeed.dim_zero_all_to_all(x_P.contiguous(), self.group)
+
+
+def _numbered(targets: SparseTargets | BucketedTargets) -> SparseTargets | BucketedTargets:
+    """With chunks, if any, whose numbers are below the number of tokens."""
+    chunk_M = getattr(targets, "chunk_N", None)
+    if chunk_M is None:
+        return targets
+    return replace(targets, chunk_N=chunk_M.unique(return_inverse=True)[1].masked_fill(chunk_M < 0, -1))
 
 
 def row_ranks(ranks: Ranks, size: int, config: PretrainedConfig) -> RowRanks | None:

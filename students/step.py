@@ -4,6 +4,7 @@ Shape legend: N input tokens, M trained positions, H hidden size.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -75,6 +76,9 @@ class StudentStep(nn.Module):
         if batch.set_M is not None:
             zeros_S = torch.zeros(self.sets, dtype=torch.float64, device=hidden_MH.device)
             loss |= {"set_N": batch.set_M, "set_losses_S": zeros_S, "weights_N": batch.weight_M}
+        if self.row_ranks is not None:
+            tokens = self.row_ranks.size * len(batch.input_ids_N)
+            loss["add_up_chunks"] = partial(self.row_ranks.add_up, names=tokens)
         return self.model.lm_head(hidden_MH, loss)
 
     def hidden(self, batch: Batch) -> torch.Tensor:

@@ -6,7 +6,8 @@ and makes every buffer as large as the embedding. Here the width is told, a laye
 runs and dropped after it, and weights larger than any of a layer's (embedding and head) stay in host memory.
 
 Its checkpoints of files lose the count of steps and all that is too small for a file. Here a checkpoint has one file
-for each rank, group of weights and part of the state, written at once: host memory need not hold more than one.
+for each rank, group of weights and part of the state, written at once: host memory need not hold more than one. Moments
+of 8 bits, which are never in files themselves, are written as the float32 numbers that they stand for.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,9 +21,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from distill.files import read_json, write_json
+from distill.files import read_json, sync, write_json
 from students.places import Place, places, read_whole
-from students.sliced_adamw import MOMENTS
+from students.sliced_adamw import MOMENTS, SlicedAdamW, widened
 
 PARTS = ("fp32", *MOMENTS)
 INDEX = "swapped_rank_{:05d}.json"  # {"steps": , "places": {name: [group, at, count]}}
@@ -87,19 +88,24 @@ def in_files(engine: Any) -> bool:
 
 
 def save(engine: Any, names: list[str], folder: Path) -> None:
-    """Writes this rank's part of the trained weights `names` and their optimizer state as they are now."""
+    """Writes this rank's part of the trained weights `names` and their optimizer state as they are now, synced."""
     optimizer, rank = engine.optimizer, dist.get_rank()
     folder.mkdir(parents=True, exist_ok=True)
     steps = 0
     for number, owner in enumerate(optimizer.fp32_partitioned_groups_flat):
-        with _at_hand(optimizer, number, keep=False):
-            state = optimizer.optimizer.state[owner]
+        with at_hand(optimizer, number, keep=False):
+            state = _with_wide_moments(optimizer.optimizer.state[owner])
             steps = int(state["step"])
             for part in PARTS:
                 tensor = owner.detach() if part == "fp32" else state[part]
-                save_file({part: tensor.to("cpu", copy=True)}, folder / _file(part, number, rank))
+                write({part: tensor.to("cpu", copy=True)}, folder / _file(part, number, rank))
     found = {name: (_number(optimizer, p.owner), p.at, p.count) for name, p in places(engine, names).items()}
     write_json(folder / INDEX.format(rank), {"steps": steps, "places": found})
+
+
+def write(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    save_file(tensors, path)
+    sync(path)
 
 
 def is_written(folder: Path) -> bool:
@@ -124,12 +130,14 @@ def convert(source: Path, target: Path) -> None:
 def load(engine: Any, folder: Path) -> int:
     """Restores what `save` wrote with the same ranks; the number of steps done."""
     rank = dist.get_rank()
-    _restore(engine.optimizer, lambda number, part: load_file(folder / _file(part, number, rank))[part])
-    return read_json(folder / INDEX.format(rank), REMEDY)["steps"]
+    steps = read_json(folder / INDEX.format(rank), REMEDY)["steps"]
+    _restore(engine.optimizer, lambda number, part: load_file(folder / _file(part, number, rank))[part], steps)
+    return steps
 
 
 def load_converted(engine: Any, names: list[str], folder: Path) -> None:
-    """Restores whole tensors, zero/NAME/{fp32,exp_avg,exp_avg_sq}.pt, of which this rank takes its part."""
+    """Restores whole tensors, zero/NAME/{fp32,exp_avg,exp_avg_sq}.pt, of which this rank takes its part; not moments of
+    8 bits."""
     groups: dict[int, list[tuple[str, Place]]] = {}
     for name, place in places(engine, names).items():
         groups.setdefault(_number(engine.optimizer, place.owner), []).append((name, place))
@@ -144,14 +152,20 @@ def load_converted(engine: Any, names: list[str], folder: Path) -> None:
     _restore(engine.optimizer, read)
 
 
-def _restore(optimizer: Any, read: Callable[[int, str], torch.Tensor]) -> None:
+def _restore(optimizer: Any, read: Callable[[int, str], torch.Tensor], steps: int | None = None) -> None:
+    """steps: after how many moments of 8 bits are those that are read; None leaves these out."""
     optimizer._partition_all_parameters()
+    inner = optimizer.optimizer
     for number, owner in enumerate(optimizer.fp32_partitioned_groups_flat):
-        with _at_hand(optimizer, number, keep=True):
+        with at_hand(optimizer, number, keep=True):
             owner.data.copy_(read(number, "fp32"))
-            state = optimizer.optimizer.state[owner]
-            for part in MOMENTS:
-                state[part] = state.get(part, torch.empty_like(owner.data)).copy_(read(number, part))
+            if not isinstance(inner, SlicedAdamW):
+                state = inner.state[owner]
+                for part in MOMENTS:
+                    state[part] = state.get(part, torch.empty_like(owner.data)).copy_(read(number, part))
+            elif steps is not None:
+                group = inner.param_groups[optimizer.sub_group_to_group_id[number]]
+                inner.set_moments(owner, group, steps, [read(number, part) for part in MOMENTS])
             optimizer._reassign_or_swap_out_partitioned_parameters(number)
     if kept := optimizer.persistent_parameters:
         kept[0].partition(kept)
@@ -159,7 +173,7 @@ def _restore(optimizer: Any, read: Callable[[int, str], torch.Tensor]) -> None:
 
 
 @contextmanager
-def _at_hand(optimizer: Any, number: int, *, keep: bool) -> Iterator[None]:
+def at_hand(optimizer: Any, number: int, *, keep: bool) -> Iterator[None]:
     """While this lasts master weights and state of a group are in memory; keep: what is changed in them stays."""
     in_files = optimizer._swappable_optimizer_subgroup(number)
     if in_files:
@@ -169,6 +183,13 @@ def _at_hand(optimizer: Any, number: int, *, keep: bool) -> Iterator[None]:
         optimizer._optimizer_states_and_gradient_swap_out(number)
     elif in_files:
         optimizer._release_swap_buffers(number)
+
+
+def _with_wide_moments(state: dict) -> dict:
+    """A device that keeps codes may have no room for what they stand for."""
+    if not any(name.startswith("codes") for name in state):
+        return state
+    return widened({name: value.cpu() if torch.is_tensor(value) else value for name, value in state.items()})
 
 
 def _number(optimizer: Any, owner: torch.Tensor) -> int:

@@ -15,6 +15,7 @@ Shape legend: N tokens, C chunks.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -33,25 +34,30 @@ def chunk_divergence(teacher_C: Tensor, student_C: Tensor, temperature: float = 
     return yes_part_C + torch.where(q_C < 0, no_C.exp() * (no_C - _log1mexp(p_C)), 0)
 
 
-def tangent(logp_N: Tensor, chunk_N: Tensor, teacher_N: Tensor) -> tuple[Tensor, Tensor]:
+def tangent(
+    logp_N: Tensor, chunk_N: Tensor, teacher_N: Tensor, add_up: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """(slope_N, offset_N): slope * cross-entropy + offset, summed over the tokens, has the value and the gradient of
     the sum of chunk_divergence over the chunks.
 
     logp_N: the student's log-probability of each token. chunk_N: int64, equal for the tokens of a chunk, -1 for tokens
     of none, whose slope and offset are 0. teacher_N: the teacher's log-probability of each token's chunk.
+    add_up: where tokens of a chunk lie on other ranks too: given the chunks' numbers and [C, 2] sums over the tokens
+    here, it returns those over all ranks. The sums over tokens, of value and gradient, are then over all ranks as well.
     """
     inside = (chunk_N >= 0).nonzero().squeeze(1)
     names, chunk_I = chunk_N[inside].unique(return_inverse=True)
     chunks, logp_I = len(names), logp_N[inside]
     teacher_C = logp_N.new_zeros(chunks).index_copy(0, chunk_I, teacher_N[inside].to(logp_N.dtype))
-    student_C = chunk_logprobs(logp_I, chunk_I, chunks)
+    student_C, sizes_C = (chunk_logprobs(x_I, chunk_I, chunks) for x_I in (logp_I, torch.ones_like(logp_I)))
+    if add_up is not None:
+        student_C, sizes_C = add_up(names, torch.stack([student_C, sizes_C], 1)).unbind(1)
     value_C = chunk_divergence(teacher_C, student_C)
     # How far a chunk is from certain is known to the rounding of its logarithm alone; the slope divides by it.
     nearest = -(torch.finfo(logp_N.dtype).eps ** 0.5)
     with torch.enable_grad():
         at_C = student_C.detach().clamp(max=nearest).requires_grad_()
         (grad_C,) = torch.autograd.grad(chunk_divergence(teacher_C, at_C).sum(), at_C)
-    sizes_C = torch.bincount(chunk_I, minlength=chunks)
     slope_N, offset_N = torch.zeros_like(logp_N), torch.zeros_like(logp_N)
     slope_N[inside] = -grad_C[chunk_I]
     offset_N[inside] = (value_C / sizes_C)[chunk_I] + slope_N[inside] * logp_I

@@ -21,6 +21,7 @@ import importlib.util
 import math
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
@@ -66,6 +67,7 @@ def distill_loss(
     z_loss: float = 0.0,
     set_N: Tensor | None = None,
     set_losses_S: Tensor | None = None,
+    add_up_chunks: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, LossMetrics]:
     """(loss, metrics): the scalar loss with a graph to hidden, head and bias, and detached sums over the valid tokens.
 
@@ -80,7 +82,8 @@ def distill_loss(
     whose logits (on a GPU: their gradients) exist at a time; changes memory and speed, not the result. accumulate:
     dtype in which the head's gradient adds up over chunks, float32 if there are several; the head's own half precision
     saves memory and rounds once a chunk. set_N, set_losses_S: the loss taken apart: what token n adds to it is also
-    added, in place, to entry set_N[n] (int64 [N]) of the float64 set_losses_S.
+    added, in place, to entry set_N[n] (int64 [N]) of the float64 set_losses_S. add_up_chunks: adds up the chunks' sums
+    over the ranks that hold their tokens (chunks.tangent); called once, also without tokens, if targets have chunks.
 
     Ignored tokens cost nothing, and a batch of them alone gives a zero loss with a graph. The graph may be walked once
     per call; second derivatives do not exist.
@@ -90,7 +93,7 @@ def distill_loss(
     job = _make_job(
         hidden_NH, head_VH, bias_V, labels_N, targets, alpha, normalizer, weights_N, vocab_size, chunk_tokens,
         accumulate, divergence=divergence, beta=beta, temperature=temperature, z_loss=z_loss, logit_scale=logit_scale,
-        softcap=softcap, set_N=set_N, set_losses_S=set_losses_S,
+        softcap=softcap, set_N=set_N, set_losses_S=set_losses_S, add_up_chunks=add_up_chunks,
     )  # fmt: skip
     loss, sums_M = _HeadLoss.apply(hidden_NH, head_VH, bias_V, job)
     return loss, LossMetrics.from_tensor(sums_M)
@@ -274,7 +277,7 @@ def _with_chunks(job: Job, hidden_NH: Tensor, head: Head) -> Job:
     for rows in (chunk_N >= 0).nonzero().squeeze(1).split(job.chunk_tokens):
         logits_CV = head.logits(hidden_NH[rows])
         logp_N[rows] = logits_CV.gather(1, job.labels_N[rows, None]).squeeze(1) - torch.logsumexp(logits_CV, 1)
-    slope_N, offset_N = tangent(logp_N, chunk_N, job.targets.chunk_logprobs_N)
+    slope_N, offset_N = tangent(logp_N, chunk_N, job.targets.chunk_logprobs_N, job.add_up_chunks)
     return replace(job, slope_N=slope_N, offset_N=offset_N)
 
 

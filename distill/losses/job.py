@@ -3,6 +3,7 @@
 Shape legend: N tokens, G teacher hidden, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -50,6 +51,7 @@ class Job:
     needs_grad: tuple[bool, bool, bool] = field(default=(False, False, False))  # hidden, head, bias
     set_N: Tensor | None = None  # which entry of set_losses_S each token's share of the loss is added to
     set_losses_S: Tensor | None = None
+    add_up_chunks: Callable[[Tensor, Tensor], Tensor] | None = None  # over the ranks that hold a chunk's tokens
     slope_N: Tensor | None = None  # with offset_N: the chunks' loss as its tangent (chunks.py), weighted as D is
     offset_N: Tensor | None = None
 

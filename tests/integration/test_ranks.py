@@ -1,13 +1,12 @@
 """Two ranks under the real launcher give what one process gives."""
 
 import json
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from launches import environment, run, small_config, write_config
+from launches import environment, free_port, run, small_config, write_config
 from safetensors.torch import load_file
 
 from distill.traceset import read_traces
@@ -16,12 +15,6 @@ from distill.traceset import read_traces
 # which Adam's division by the root of a tiny second moment can magnify. Seen after 12 steps that moved weights by more
 # than 1e-3: weights within 2e-7, losses within a share of 2e-7. The bounds leave room for other CPUs.
 WEIGHTS_ATOL, LOSS_RTOL = 1e-4, 1e-5
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def run_two_ranks(case: None, reference: Callable, scratch: Path) -> Path:

@@ -46,7 +46,10 @@ def test_two_rounds_are_said_read_and_trained_on(outcome):
     for number in (1, 2):
         said = json.loads((outcome.folder / f"round-{number}" / "said" / "manifest.json").read_text())["counts"]
         read = json.loads((outcome.folder / f"round-{number}" / "read" / "manifest.json").read_text())["counts"]
-        assert said["said"] == 16 == read["read"] + said["truncated"] + said["unclosed"] and read["read"] > 4
+        assert (
+            said["said"] == 16 == read["read"] + said["truncated"] + said["unclosed"] + said["not_utf8"]
+            and read["read"] > 4
+        )
         assert counts[f"round_{number}_said_trained_tokens"] == read["tokens"]
     log = [json.loads(line) for line in (outcome.folder / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == list(range(1, counts["steps"] + 1)) and log[-1]["round"] == 2

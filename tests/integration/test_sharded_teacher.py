@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from launch_sharded import BUNDLED, PARAMS, requests
-from launches import ROOT, environment, run, run_until, small_config, write_config
+from launches import ROOT, environment, free_port, run, run_until, small_config, write_config
 from safetensors.torch import save_file
-from test_ranks import free_port
 
 from distill.checkpoints import read_header, weight_files
 from distill.traceset import read_traces

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from launches import ROOT, Launch, contents, copy_run, distill, environment, run, small_config, write_config
+from launches import ROOT, Launch, contents, copy_run, distill, environment, free_port, run, small_config, write_config
 
+from benchmarks.compare_losses import compare, read_log
 from distill.logit_cache import CacheReader
 
 pytestmark = pytest.mark.slow
@@ -81,3 +82,34 @@ def test_a_second_launch_does_nothing_and_a_lost_shard_is_read_again_to_the_same
     shard.unlink()
     run(distill(outcome.config, "--stages", "traces"), outcome.scratch, environment(outcome.scratch)).ok()
     assert shard.read_bytes() == bytes_before
+
+
+def share_rows(case: None, reference: Callable, scratch: Path) -> list[Path]:
+    """One training by one rank and by two that share rows, of a student that cuts numbers digit by digit where the
+    teacher takes three at a time: the folders of the student."""
+    config = small_config(scratch / "runs")
+    config["students"] = config["students"][1:2]
+    config["train"]["epochs"] = 1
+    numbers = [" ".join(str(10**9 + 7919**3 * (16 * i + j) % 10**9) for j in range(12)) for i in range(48)]
+    asked = [{"role": "user", "content": "Say some numbers."}]
+    rows = [[*asked, {"role": "assistant", "content": f"<think>\n{said}</think>\nDone."}] for said in numbers]
+    path = scratch / "numbers.jsonl"
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    config["train"]["text_sets"] = [{"name": "numbers", "source": {"kind": "jsonl", "path": str(path)}}]
+    alone = copy_run(reference().folder, scratch / "runs", "4-student")
+    file = write_config(scratch / "alone.yaml", config)
+    run(distill(file, "--stages", "traces,train"), scratch, environment(scratch)).ok()
+    config["run"]["dir"] = str(scratch / "shared")
+    config["hardware"]["gpus"] = config["train"]["sequence_parallel"] = 2
+    shared = copy_run(alone, scratch / "shared", "4-student")
+    file = write_config(scratch / "shared.yaml", config)
+    launcher = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), "distill/run.py"]
+    run([*launcher, "--config", str(file), "--stages", "train"], scratch, environment(scratch)).ok()
+    return [folder / "4-student" / config["students"][0]["name"] for folder in (shared, alone)]
+
+
+@pytest.mark.ahead(outcome=share_rows)
+def test_ranks_that_share_rows_have_the_losses_of_one(outcome):
+    """Also where a share ends within a number, as some do here: it has one likelihood, over both ranks."""
+    verdict = compare(*(read_log(folder / "log.jsonl") for folder in outcome), metrics=("loss", "grad_norm", "kl"))
+    assert verdict.same and verdict.steps > 8, verdict

@@ -1,15 +1,16 @@
 """What a student says in a round: which prompts it is asked, and which of its answers are read."""
 
 import pytest
-from align_world import byte_level
+from align_world import byte_fallback, byte_level
 
+from distill.align_bytes import ByteTokenizer
 from distill.config import load_config
 from distill.errors import ConfigError, DataError
 from distill.plan import plan
 from distill.records import Prompt, Sample
 from distill.rounds import _join, askable, choose, conversation
 from distill.store import RunFolder
-from distill.tokens import encode_completion, end_id, stop_ids
+from distill.tokens import encode_completion, end_id, stop_ids, token_bytes
 
 PROMPTS = [Prompt(f"q {i}", "1", "f") for i in range(20)]
 
@@ -31,8 +32,12 @@ def test_a_prompt_with_a_special_token_of_the_student_is_not_asked_and_stops_not
 def said(text: str, finish: str = "stop", more: tuple = ()):
     tokenizer = byte_level([(b"a", b"b")])
     ids = [*encode_completion(tokenizer, text), *more, *([end_id(tokenizer)] if finish == "stop" else [])]
+    return read_back(tokenizer, ids, finish)
+
+
+def read_back(tokenizer, ids: list[int], finish: str = "stop"):
     sample = Sample(PROMPTS[0].key, 1, 0, ids, finish)
-    return conversation(PROMPTS[0], sample, tokenizer, stop_ids(tokenizer))
+    return conversation(PROMPTS[0], sample, token_bytes(tokenizer), stop_ids(tokenizer))
 
 
 def test_an_answer_is_read_as_the_very_text_that_was_written():
@@ -53,6 +58,27 @@ def test_an_answer_is_read_as_the_very_text_that_was_written():
 )
 def test_what_is_not_whole_is_left_out(text, finish, reason):
     assert said(text, finish) == reason
+
+
+KINDS = {
+    "byte level": lambda: byte_level([(b"\xe2", b"\x82")]),
+    "byte fallback": lambda: byte_fallback(["\u2581", *"a.</think>\n", "\u2581a"], []),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", ["\u20ac a", " a\u20ac", "\ufffd", "\U0001f600 \u00e9"])
+def test_a_character_of_several_tokens_is_read_whole_and_half_of_one_not_at_all(kind, text):
+    """Also at both ends of the text, and where the student did write U+FFFD, which stands for half a character."""
+    tokenizer = KINDS[kind]()
+    table = ByteTokenizer(tokenizer)
+    ids = [table.id_of_bytes[bytes([b])] for b in text.encode()]
+    rest = [*encode_completion(tokenizer, "</think>\n."), end_id(tokenizer)]
+    assert read_back(tokenizer, ids + rest)[1]["content"] == f"<think>\n{text}</think>\n."
+    wide = [at for at, b in enumerate(text.encode()) if b >= 0x80]
+    for gone in wide:
+        assert read_back(tokenizer, ids[:gone] + ids[gone + 1 :] + rest) == "not_utf8"
+    assert read_back(tokenizer, [*rest[:-1], ids[wide[0]], rest[-1]]) == "not_utf8"
 
 
 def test_a_round_in_which_nothing_can_be_read_says_what_to_do(tmp_path):
@@ -93,8 +119,8 @@ def test_the_plan_says_that_texts_and_rounds_come_on_top():
 
 
 def test_the_plan_has_room_on_disk_for_what_every_round_keeps():
-    without, with_rounds = (
+    without, one, two = (
         plan(load_config("configs/qwen32b.yaml", more)).disk["4-student"]
-        for more in ([], ["train.on_policy={rounds: 2}"])
+        for more in ([], ["train.on_policy={rounds: 1}"], ["train.on_policy={rounds: 2}"])
     )
-    assert with_rounds == 3 * without > 0
+    assert two - one == one - without > without / 2  # which has room for a checkpoint that is being written, once

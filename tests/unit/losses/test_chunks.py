@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from distill.losses.chunks import chunk_divergence, chunk_logprobs
+from distill.losses.chunks import chunk_divergence, chunk_logprobs, tangent
 
 
 def random_logs(seed, low=-30.0, count=400):
@@ -58,3 +58,21 @@ def test_a_chunk_is_the_sum_of_its_tokens():
     found = chunk_logprobs(logp, chunk, 5)
     expected = [sum(float(v) for v, c in zip(logp, chunk) if c == k) for k in range(5)]
     np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_tokens_of_a_chunk_may_lie_anywhere_if_its_sums_are_added_up(seed):
+    """Any split of the tokens has the slopes and the value of all of them; without the sums of the others neither."""
+    draw = torch.Generator().manual_seed(seed)
+    chunk = torch.randint(-1, 5, (30,), generator=draw)
+    logp = -torch.rand(30, generator=draw, dtype=torch.float64)
+    teacher = torch.rand(6, generator=draw, dtype=torch.float64).log()[chunk]
+    slope, offset = tangent(logp, chunk, teacher)
+    names = chunk[chunk >= 0].unique()
+    sums = torch.stack([torch.stack([logp[chunk == c].sum(), (chunk == c).sum()]) for c in names])
+    for mine in ((part := torch.rand(30, generator=draw) < 0.4), ~part, torch.zeros(30, dtype=torch.bool)):
+        found = tangent(logp[mine], chunk[mine], teacher[mine], lambda own, _: sums[torch.searchsorted(names, own)])
+        for a, b in zip(found, (slope[mine], offset[mine])):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    alone, _ = tangent(logp[part], chunk[part], teacher[part])
+    assert (alone - slope[part]).abs().max() > 1e-3

@@ -3,6 +3,7 @@ OUT SEED`, under a launcher. Rank 0 writes OUT: {case: {name: the largest differ
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -47,9 +48,14 @@ def make_batch(lengths: list[int], kind: str) -> Batch:
     targets = None
     if kind == "sparse":
         targets = SparseTargets(ids_MK, mass_MK1[:, :5].log(), mass_MK1[:, 5])
-    if kind == "bucketed":  # five tokens in three buckets
+    if kind in ("bucketed", "read"):  # five tokens in three buckets
         group_MK = torch.tensor([0, 0, 1, 2, 2]).expand_as(ids_MK).contiguous()
         targets = BucketedTargets(ids_MK, group_MK, mass_MK1[:, :3].log(), mass_MK1[:, 3:].sum(1))
+    if kind == "read":  # some of it by the teacher alone: chunks of some seven tokens, wherever a rank's share ends
+        chunk_M = (torch.rand(len(labels_M)) < 0.15).cumsum(0)
+        logp_M = torch.rand(len(labels_M) + 1, dtype=torch.float64).log()[chunk_M]
+        chunk_M = torch.where(torch.rand(len(labels_M)) < 0.2, -1, 7 * chunk_M + 300)
+        targets = replace(targets, drawn_N=torch.rand(len(labels_M)) < 0.5, chunk_N=chunk_M, chunk_logprobs_N=logp_M)
     positions = torch.cat([torch.arange(n) for n in lengths])
     return Batch(torch.randperm(VOCABULARY)[: len(positions)], positions, lengths, trained_M, labels_M, targets, [])
 
@@ -74,6 +80,9 @@ def main() -> None:
             ("qwen2", (12, 3), 4, [40], "none"),
             ("qwen3", (4, 1), 2, [2], "sparse"),  # fewer tokens than ranks: some hold filling alone
             ("qwen3", (4, 1), 4, [1, 2], "bucketed"),
+            ("qwen3", (4, 2), 2, [13, 1, 22, 9], "read"),
+            ("llama", (4, 4), 4, [40], "read"),
+            ("qwen2", (4, 2), 4, [2, 1], "read"),
         ]
     ):
         if size > ranks.world:

@@ -100,17 +100,30 @@ def random_batch(seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("places", [("nvme", "none"), ("nvme", "cpu"), ("none", "nvme"), ("nvme", "nvme")])
+@pytest.mark.parametrize(
+    ("places", "optimizer"),
+    [
+        (("nvme", "none"), "adamw"),
+        (("nvme", "cpu"), "adamw"),
+        (("none", "nvme"), "adamw"),
+        (("none", "nvme"), "adamw8bit"),
+        (("nvme", "nvme"), "adamw"),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(("dtype", "hidden"), [(torch.float32, 512), (torch.bfloat16, 1024)], ids=str)
-def test_state_and_weights_in_files_change_no_loss(ranks, aio, tmp_path, places, dtype, hidden):
+def test_state_and_weights_in_files_change_no_loss(ranks, aio, tmp_path, places, optimizer, dtype, hidden):
     """Tensors of a MB and more, as DeepSpeed leaves smaller ones in memory; evaluation reads weights in between.
 
-    Where the optimizer's state lies changes the order of sums, which bfloat16 makes more of."""
+    Where the optimizer's state lies changes the order of sums, which bfloat16 makes more of. Nor does it change the
+    moving average, whose export leaves weights and state as they were."""
     make_model(tmp_path / "model", hidden=hidden, layers=4)
-    losses, weights = [], []
+    losses, weights, averages = [], [], []
     for offload, params in (("none", "none"), places):
         model, _ = load_student(tmp_path / "model", dtype)
-        config = settings(tmp_path / "model", zero_stage=3, offload=offload, offload_params=params).train
+        changes = {"zero_stage": 3, "offload": offload, "offload_params": params}
+        changes |= {"ema_decay": 0.6, "optimizer": optimizer}
+        config = settings(tmp_path / "model", **changes).train
         folder = tmp_path / "offload"
         module = StudentStep(model, LossSettings())
         engine = StudentEngine(module, config, ranks, dtype=dtype, micro_batches=1, offload_dir=folder)
@@ -119,16 +132,24 @@ def test_state_and_weights_in_files_change_no_loss(ranks, aio, tmp_path, places,
             losses[-1].append(float(engine.accumulate(random_batch(step), 96.0, last=True)[0]))
             engine.step(3e-3)
             losses[-1].append(float(engine.evaluate(random_batch(9), 96.0)[0]))
+            if step == 2:
+                averages.append(dict(engine.whole_weights(torch.float32)))
+        engine.forget_average()
         weights.append(dict(engine.whole_weights(torch.float32)))
         kinds = {path.relative_to(folder).parts[1] for path in folder.rglob("*.swp") if path.stat().st_size > 1 << 20}
         assert ("optimizer" in kinds) == (offload == "nvme")
         assert (f"{str(dtype)[6:]}params" in kinds) == (params == "nvme")
         engine.close()
         assert not list(folder.rglob("*.swp"))
+    assert max((averages[0][name] - weights[0][name]).abs().max() for name in weights[0]) > 1e-3
     if places[0] == "none":
         assert losses[1] == losses[0]
-        assert all(torch.equal(weights[1][name], weights[0][name]) for name in weights[0])
+        for kept in (weights, averages):
+            assert all(torch.equal(kept[1][name], kept[0][name]) for name in kept[0])
     else:
+        for kept in (weights, averages):
+            gaps = [(kept[1][name] - kept[0][name]).abs().mean() for name in kept[0]]
+            assert max(gaps) < (1e-5 if dtype == torch.float32 else 1e-3)
         assert losses[1] == pytest.approx(losses[0], abs=1e-5 if dtype == torch.float32 else 0.01)
 
 
@@ -170,9 +191,9 @@ def test_the_exported_average_by_hand(world, ranks, data, tmp_path, stage, dtype
 
 def test_an_export_leaves_the_weights_as_they_were():
     weights = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0])}
-    average = MovingAverage(weights, 0.75)
-    average.update({"a": torch.tensor([5.0, 2.0]), "b": torch.tensor([-1.0])})
-    with average.in_place_of(weights):
+    average = MovingAverage(weights.items(), 0.75)
+    average.update([("a", torch.tensor([5.0, 2.0])), ("b", torch.tensor([-1.0]))])
+    with average.in_place_of(weights.items):
         assert weights["a"].tolist() == [2.0, 2.0] and weights["b"].tolist() == [2.0]
     assert weights["a"].tolist() == [1.0, 2.0] and weights["b"].tolist() == [3.0]
 

@@ -13,6 +13,7 @@ from student_world import make_model
 
 LAUNCH = Path(__file__).with_name("launch_resharding.py")
 NARROW = {"optimizer": "adamw8bit", "ema_decay": 0.7}
+WIDE = {"ema_decay": 0.7}
 PLAIN = {"master_weights": "none", "ema_decay": 0.7}
 GAPS = {"exp_avg": 0.0142, "exp_avg_sq": 0.0071}  # the most that neighbouring codes differ by, over the block's scale
 
@@ -44,6 +45,21 @@ def same(found: dict, expected: dict) -> None:
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def goes_on(before: dict, after: dict, narrow: bool) -> None:
+    """Weights, their average and moments are those of before; moments of 8 bits are as near as their codes allow."""
+    same(after["weights"], before["weights"])
+    same(after["average"], before["average"])
+    assert any(not torch.equal(after["average"][name], after["weights"][name]) for name in after["weights"])
+    for part, gap in GAPS.items():
+        for name, expected in before[part].items():
+            scale = after[f"{part} scale"][name]
+            if scale is None:
+                assert torch.equal(after[part][name], expected)
+            else:
+                assert ((after[part][name] - expected).abs() <= gap / 2 * scale).all()
+        assert any(scale is not None for scale in after[f"{part} scale"].values()) == narrow
+
+
 SLOW = pytest.mark.slow
 
 
@@ -64,46 +80,36 @@ def test_other_ranks_and_stages_go_on_with_the_same_state(tmp_path, train, dtype
     trainings = {"moved": [(*each, train) for each in launches], "alone": [(1, 0, train)] * len(launches)}
     moved, alone = launched(tmp_path, dtype, trainings).values()
     for before, after in zip(moved.saved, moved.loaded):
-        same(after["weights"], before["weights"])
-        same(after["average"], before["average"])
-        assert any(not torch.equal(after["average"][name], after["weights"][name]) for name in after["weights"])
-        for part, gap in GAPS.items():
-            for name, expected in before[part].items():
-                scale = after[f"{part} scale"][name]
-                if scale is None:
-                    assert torch.equal(after[part][name], expected)
-                else:
-                    assert ((after[part][name] - expected).abs() <= gap / 2 * scale).all()
-            assert any(scale is not None for scale in after[f"{part} scale"].values()) == ("optimizer" in train)
+        goes_on(before, after, narrow="optimizer" in train)
     assert moved.losses == pytest.approx(alone.losses, rel=0.02)
     if dtype == "float32":  # an update that took another weight's moments would be wrong by about LR
         for name, weight in alone.saved[1]["weights"].items():
             assert (moved.saved[1]["weights"][name] - weight).abs().mean() < 0.1 * LR, name
 
 
-FILES = {"offload": "nvme", "offload_params": "nvme"}
+FILES, WEIGHTS = {"offload": "nvme", "offload_params": "nvme"}, {"offload_params": "nvme"}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    "launches",
+    ("train", "launches"),
     [
-        [(2, 3, FILES), (2, 3, FILES), (1, 3, {"offload_params": "nvme"}), (2, 2, {})],
-        [(2, 3, {"offload": "nvme"}), (2, 3, {}), (2, 3, {"offload": "cpu", "offload_params": "nvme"}), (1, 0, {})],
-        [(1, 0, {}), (1, 3, {"offload": "nvme"}), (1, 3, {"offload": "nvme"})],
+        (WIDE, [(2, 3, FILES), (2, 3, FILES), (1, 3, WEIGHTS), (2, 2, {})]),
+        (WIDE, [(2, 3, {"offload": "nvme"}), (2, 3, {}), (2, 3, WEIGHTS | {"offload": "cpu"}), (1, 0, {})]),
+        (WIDE, [(1, 0, {}), (1, 3, {"offload": "nvme"}), (1, 3, {"offload": "nvme"})]),
+        (NARROW, [(2, 3, WEIGHTS), (2, 3, WEIGHTS), (1, 1, {}), (1, 3, WEIGHTS)]),
     ],
     ids=str,
 )
-def test_state_and_weights_in_files_go_on_in_files_or_in_memory(aio, tmp_path, launches):
+def test_state_and_weights_in_files_go_on_in_files_or_in_memory(aio, tmp_path, train, launches):
     """Also that a launch like the one before has the same numbers: its files are written anew."""
-    trainings = {"moved": launches, "alone": [(1, 0, {})] * len(launches)}
+    settled = [(ranks, stage, train | places) for ranks, stage, places in launches]
+    trainings = {"moved": settled, "alone": [(1, 0, train)] * len(launches)}
     moved, alone = launched(tmp_path, "float32", trainings, hidden=768).values()
     for (_, _, places), before, after in zip(launches[1:], moved.saved, moved.loaded):
-        same(after["weights"], before["weights"])
-        for part in GAPS:
-            same(after[part], before[part])
+        goes_on(before, after, narrow="optimizer" in train)
         for kind, key in (("optimizer", "offload"), ("float32params", "offload_params")):
             large = [path for path, size in after["files"].items() if kind in path and size > 1 << 20]
             assert bool(large) == (places.get(key) == "nvme")
-    assert moved.losses == pytest.approx(alone.losses, abs=1e-5)
+    assert moved.losses == pytest.approx(alone.losses, abs=0.02 if "optimizer" in train else 1e-5)

@@ -19,7 +19,7 @@ LAUNCH = Path(__file__).with_name("launch_sequence.py")
 
 @pytest.mark.parametrize("lengths", [[13, 1, 22, 9], [40], [1], [3, 2]], ids=str)
 @pytest.mark.parametrize("size", [2, 3, 4, 8])
-@pytest.mark.parametrize("kind", ["none", "sparse", "bucketed"])
+@pytest.mark.parametrize("kind", ["none", "sparse", "bucketed", "read"])
 def test_the_shares_of_a_row_hold_each_of_its_tokens_once(lengths, size, kind):
     batch = make_batch(lengths, kind)
     shares = [RowRanks(size, place, "").share(batch) for place in range(size)]
@@ -41,6 +41,11 @@ def test_the_shares_of_a_row_hold_each_of_its_tokens_once(lengths, size, kind):
             assert torch.equal(share.targets.ids_NK, batch.targets.ids_NK[wanted])
             assert torch.equal(share.targets.tail_N, batch.targets.tail_N[wanted])
     assert sum(len(share.labels_M) for share in shares) == len(batch.labels_M)
+    if kind == "read":  # the same chunks, by numbers that are the same on all ranks and for which there is room
+        found, given = torch.cat([share.targets.chunk_N for share in shares]).tolist(), batch.targets.chunk_N.tolist()
+        assert all(-1 <= number < tokens + filling for number in found)
+        assert [number < 0 for number in found] == [number < 0 for number in given]
+        assert len(set(zip(found, given))) == len(set(found)) == len(set(given))
 
 
 @pytest.mark.parametrize(
@@ -69,12 +74,13 @@ def test_a_size_that_does_not_divide_is_refused_with_those_that_do(ranks):
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_losses_and_gradients_are_those_of_whole_rows(world, tmp_path):
-    """Packed rows, rows shorter than the ranks are many, grouped heads fewer than ranks, bucketed targets."""
+    """Packed rows, rows shorter than the ranks are many, grouped heads fewer than ranks, bucketed targets, and chunks
+    of text that reach over several ranks."""
     out = tmp_path / "found.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", str(LAUNCH)]
     done = subprocess.run([*command, str(out), str(random.randrange(10**6))], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(out.read_text())
-    assert len(found) == {2: 2, 4: 6}[world]
+    assert len(found) == {2: 3, 4: 9}[world]
     for case, differences in found.items():
         assert len(differences) > 20 and max(differences.values()) < 1e-10, (case, max(differences.items(), key=str))

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 from distill.cache_format import CacheHeader
 from distill.config import load_config
 from distill.config_mixture import GeneralJsonl, TextSet, missing_for_mixture
-from distill.config_sequence import misfit_for_sequence
 from distill.conversations import read_turns
 from distill.errors import ConfigError, DataError
 from distill.logit_cache import CacheReader, CacheWriter, to_sparse_targets
@@ -209,15 +208,6 @@ def test_the_set_is_no_part_of_what_traces_depend_on_and_of_what_students_do():
     assert stage_spec(plain, "train", "logits") != stage_spec(with_text, "train", "logits")
     heavier = load_config("configs/demo.yaml", [TEXT.replace("}}]", "}, weight: 2, alpha: 0.5}]")])
     assert stage_spec(with_text, "text", "people") == stage_spec(heavier, "text", "people")
-
-
-@pytest.mark.parametrize("what", [TEXT, "train.on_policy={}"])
-def test_shared_rows_and_another_tokenizer_are_refused_before_any_work(what):
-    settings = [what, "train.sequence_parallel=2", "hardware.gpus=2"]
-    for name, refused in (("student-qwen", True), ("student-same", False)):
-        student = f"{{name: a, path: teachers/tiny/{name}, loss: {{kind: logits, alpha: 0.9}}}}"
-        found = list(misfit_for_sequence(load_config("configs/demo.yaml", [*settings, f"students=[{student}]"])))
-        assert [("a chunk of text needs one device" in str(error)) for error in found] == [True] * refused
 
 
 def text_set(name="people", kind="jsonl", path="README.md"):
