@@ -9,7 +9,9 @@ grouped heads, keys and values are repeated for it, as its callers must. Only FL
 backward as 2.5 forwards; cuDNN's preparation for new lengths is outside the clock and reported by itself.
 """
 
+import argparse
 import inspect
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -112,6 +114,9 @@ def rows_of(size: str) -> list[dict]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("it needs a GPU, and there is none here")
     rows = [one for size in SIZES for one in rows_of(size)]
     print(*(f"{one['name']} {one['value']:.4g}" for one in rows), sep="\n", flush=True)
     print(write("attention", QUESTION, rows, device=torch.cuda.get_device_name(), commit=commit()))

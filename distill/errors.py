@@ -8,6 +8,7 @@ class DistillError(Exception):
     """
 
     exit_code = 2
+    own = True  # found by this process; False for the copy of one that another rank found
 
     def __init__(self, what: str, *, where: str | None = None, value: object = None, remedy: str | None = None):
         self.what, self.where, self.value, self.remedy = what, where, value, remedy
@@ -17,6 +18,9 @@ class DistillError(Exception):
         if remedy:
             text = f"{text.rstrip('.')}. {remedy}"
         super().__init__(text)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state | {"own": False})
 
 
 class ConfigError(DistillError):

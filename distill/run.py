@@ -18,6 +18,7 @@ if _root not in sys.path:
 
 from distill.dist import add_launcher_arguments  # noqa: E402
 from distill.errors import ConfigError, DistillError  # noqa: E402
+from distill.preemption import sigterm_ends  # noqa: E402
 
 STAGES = ("prompts", "traces", "train", "eval", "publish")
 
@@ -50,17 +51,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit status: 0 done, 2 something a person must change, 130 interrupted."""
+    """The exit status: 0 done, or told to stop by SIGTERM; 2 something a person must change; 130 interrupted."""
     args = parse(argv)
     try:
         return dispatch(args)
     except DistillError as error:
-        if int(os.environ.get("RANK", "0")) == 0 or os.environ.get("LOCAL_RANK") == "0":
-            print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        tell(error, started="distill.pipeline" in sys.modules)
         return error.exit_code
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to go on", file=sys.stderr)
         return 130
+
+
+def tell(error: DistillError, *, started: bool) -> None:
+    """Print it once a node where all ranks have it. What another rank alone found once they started, it tells itself:
+    the others only learn that it is gone."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0 or os.environ.get("LOCAL_RANK") == "0":
+        print(f"\nerror: {error}", file=sys.stderr, flush=True)
+    elif started and error.own:
+        print(f"\nerror on rank {rank}: {error}", file=sys.stderr, flush=True)
 
 
 def dispatch(args: argparse.Namespace) -> int:
@@ -72,14 +82,15 @@ def dispatch(args: argparse.Namespace) -> int:
     config = configuration.load_config(args.config, args.set)
     if args.plan:
         return show_plan(config, args)
-    configuration.check_machine(config)
-    from distill.pipeline import Pipeline
+    with sigterm_ends():
+        configuration.check_machine(config)
+        from distill.pipeline import Pipeline
 
-    started = time.monotonic()
-    with Pipeline(config, command=command_line(), restart=args.restart) as pipeline:
-        for stage in args.stages:
-            getattr(pipeline, stage)()
-        pipeline.close(time.monotonic() - started)
+        started = time.monotonic()
+        with Pipeline(config, command=command_line(), restart=args.restart) as pipeline:
+            for stage in args.stages:
+                getattr(pipeline, stage)()
+            pipeline.close(time.monotonic() - started)
     return 0
 
 

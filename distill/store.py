@@ -327,6 +327,12 @@ class StageFolder:
             return f"Delete {self.path} and run again: only this set is read again; or set another run.name."
         name = _COMMAND.get(self.name, self.name)
         later = _stages_from(name)[1:]
+        if name == "train" and self.title != STAGES[name]:
+            own, after = self.title.split("/")[1], " and ".join(later)
+            return (
+                f"Delete {self.run.path / STAGES[name] / own} and pass --restart eval: this student alone is trained "
+                f"again; or pass --restart train: it deletes every student, {after}; or set another run.name."
+            )
         others = f" and all later ones ({', '.join(later)})" if later else ""
         return f"Pass --restart {name}: it deletes this stage{others}; or set another run.name."
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from distill import files
 from distill.config import Config
 from distill.errors import ServiceError, StoreError
 from distill.metrics import METRICS, known
@@ -72,8 +73,8 @@ class Tracker:
         if not self.is_main:
             return
         numbers = {name: _number(value) for name, value in values.items()}
-        self._history.write(json.dumps({"scope": scope, "step": step, **numbers}).encode() + b"\n")
-        self._history.flush()
+        with files.disk_errors(self.folder):
+            self._history.write(json.dumps({"scope": scope, "step": step, **numbers}).encode() + b"\n")
         if self._run is not None:
             self._try(lambda run: run.log(self._with_axes(run, values, step, scope)))
 
@@ -223,7 +224,7 @@ def read_history(run_folder: str | Path) -> list[dict[str, Any]]:
 
 def _open_history(path: Path):
     """The file, open to append whole lines: one that a kill cut off is ended, so that it spoils only itself."""
-    file = open(path, "ab+")  # noqa: SIM115 (closed by finish)
+    file = open(path, "ab+", buffering=0)  # noqa: SIM115 (closed by finish)
     if file.tell():
         file.seek(-1, os.SEEK_END)
         if file.read(1) != b"\n":

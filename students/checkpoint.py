@@ -68,6 +68,11 @@ class Checkpoints:
             self._thread = Thread(target=self._write, args=(write, final, {**state, "step": step}), name="checkpoint")
             self._thread.start()
 
+    @property
+    def failed(self) -> bool:
+        """Whether this rank's part of the last checkpoint is known to be lost; `wait` raises why, on every rank."""
+        return self._error is not None
+
     def wait(self) -> None:
         """Returns when the last checkpoint is complete; StoreError on every rank if one of them could not write it."""
         if self._temporary is None:
@@ -305,6 +310,9 @@ def _write_rest(
     config.save_pretrained(temporary)
     generation.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
+    mode = (temporary / "config.json").stat().st_mode
     for path in temporary.iterdir():
+        with contextlib.suppress(OSError):  # a file system without modes
+            path.chmod(mode)  # safetensors lets nobody but the owner read what it writes
         files.sync(path)
     _put_in_place(temporary, final)

@@ -28,6 +28,8 @@ from distill.tokens import PREFILL, encode_completion, end_id, fingerprint, rend
 from distill.traceset import read_traces
 from students.aligned import AlignedSignal
 
+HALF = "\ufffd"  # what a text has in place of bytes that are no character
+
 
 @dataclass(frozen=True)
 class Example:
@@ -252,9 +254,10 @@ def load_traces(
     """The kept traces of a stage in the student's tokens; with `logits`, each with its teacher distributions.
 
     Traces longer than max_seq_tokens are counted (too_long) and dropped, or split into windows (`fit`). Traces in
-    another tokenizer's ids are tokenised again and counted (retokenised): from their text, or, with `logits` and
-    teacher_path, from the bytes of the teacher's ids, so that what is known of every position can be told (counts
-    positions_KIND). leave_out: says of which prompts no trace is taken; they are counted (overlapping).
+    another tokenizer's ids are tokenised again and counted (retokenised): from their text, without those whose text
+    stands for no bytes (not_utf8), or, with `logits` and teacher_path, from the bytes of the teacher's ids, so that
+    what is known of every position can be told (counts positions_KIND). leave_out: says of which prompts no trace is
+    taken; they are counted (overlapping).
     Errors: DataError when nothing is left, a trace has no distributions, or a tokenizer does not fit.
     """
     own, theirs = fingerprint(tokenizer), _fingerprint_of(traces)
@@ -268,6 +271,8 @@ def load_traces(
         kept = [trace for trace in part if trace.keep]
         if leave_out is not None:
             counts["overlapping"] += len(kept) - len(kept := [trace for trace in kept if not leave_out(trace.prompt)])
+        if own != theirs and aligned is None:
+            counts["not_utf8"] += len(kept) - len(kept := [trace for trace in kept if HALF not in trace.text])
         counts.update(traces=len(part), kept=len(kept), retokenised=len(kept) * (own != theirs))
         found = _examples(kept, shard, tokenizer if own != theirs else None, aligned)
         examples += fit(found, max_seq_tokens, too_long, counts)

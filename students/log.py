@@ -36,11 +36,13 @@ class TrainLog:
             if z is not None and z > SPIKE_Z:
                 spike = {name: row[name] for name in ("step", "loss", "loss_z", "grad_norm")}
                 self._append(SPIKES, spike | {"traces": traces})
+                told = f"the loss {row['loss']:.4g} stands out by {z:.3g} deviations"
+                self.ranks.print(f"\nstep {row['step']}: {told}; its traces are in {self.folder / SPIKES}")
         named = {f"train/{name}": value for name, value in row.items() if name != "step"}
         self.tracker.log(named, row["step"], scope=self.scope)
 
     def _append(self, name: str, row: dict) -> None:
-        with open(self.folder / name, "a") as file:
+        with files.disk_errors(self.folder), open(self.folder / name, "a") as file:
             file.write(json.dumps(row) + "\n")
 
 
@@ -54,6 +56,6 @@ def _cut(path: Path, steps: int) -> list[dict]:
         except ValueError:  # the kill cut it short
             break
     rows = [row for row in rows if row["step"] <= steps]
-    with files.replacing(path) as temporary:
+    with files.disk_errors(path.parent), files.replacing(path) as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows

@@ -88,14 +88,18 @@ class Speed:
     dtype: torch.dtype
     device: torch.device
     devices: int
+    frozen: bool = False  # the base's weights, under an adapter
     _flops_per_token: float = field(init=False)
     _peak: float | None = field(init=False)
 
     def __post_init__(self) -> None:
         lengths = self.plan.lengths
         # attention is quadratic: a token sees on average half of its own trace, and longer traces have more tokens
-        self._flops_per_token = train_flops(self.geometry, sum(n * n for n in lengths) / sum(lengths))
+        mean = sum(n * n for n in lengths) / sum(lengths)
+        self._flops_per_token = train_flops(self.geometry, mean, frozen=self.frozen)
         self._peak = peak_flops(self.device, self.dtype)
+        if self.device.type == "cuda":  # the peak is to be the training's, not that of the teacher before it
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def row(self, tokens: int, step_s: float, wait_s: float) -> dict[str, float]:
         rate = tokens / step_s

@@ -15,7 +15,6 @@ from distill.checkpoints import fingerprint_checkpoint
 from distill.config import Capture, Config, Student
 from distill.config_mixture import General, TextSet, TraceSet
 from distill.dist import Ranks
-from distill.errors import ConfigError
 from distill.logit_cache import CacheReader
 from distill.prompts import normalised
 from distill.records import CaptureSpec, Prompt
@@ -142,7 +141,7 @@ class Preparation:
     def _texts(self, each: TextSet, read: StageFolder, traces: TraceData) -> TraceData:
         """What the teacher read of that set; without what the evaluation asks."""
         train = self.config.train
-        data = load_texts(
+        return load_texts(
             each,
             read,
             self.tokenizer,
@@ -152,14 +151,6 @@ class Preparation:
             too_long=train.too_long,
             asked={normalised(prompt.text) for prompt in self.asked},
         )
-        if data.aligned is not None and train.sequence_parallel > 1:
-            raise ConfigError(
-                "a chunk's likelihood needs all of its tokens on one device",
-                where=f"train.text_sets {each.name}, read by a teacher with another tokenizer than the student",
-                value=f"train.sequence_parallel {train.sequence_parallel}",
-                remedy="Set train.sequence_parallel: 1, or leave the set out.",
-            )
-        return data
 
     def _general(self, settings: General, trace_tokens: float) -> Part:
         """So many passes over the general data in an epoch that it makes up its share of the tokens."""
@@ -197,9 +188,17 @@ class Preparation:
         return caches
 
     def _notes(self, parts: list[Part], plan: TrainPlan):
-        if parts[0].data.aligned is not None:
-            yield parts[0].data.aligned.describe()
-        if self.config.train.text_sets and self.student.loss.kind == "response":
+        train = self.config.train
+        for part in parts:
+            if part.data.aligned is not None and part.data.drawn:
+                yield f"{self.student.name}, {part.name}: {part.data.aligned.describe()}"
+            if halves := part.data.counts["not_utf8"]:
+                yield f"{self.student.name}: {halves} of {part.name} hold half a character and are left out"
+            if long := part.data.counts["too_long"]:
+                fate = {"drop": "left out", "split": "cut into rows that do not see one another"}[train.too_long]
+                most = f"longer than {train.max_seq_tokens} tokens"
+                yield f"{self.student.name}: {long} of {part.name} are {most}: {fate} (train.too_long)"
+        if train.text_sets and self.student.loss.kind == "response":
             yield f"{self.student.name}: kind response learns nothing from train.text_sets, which it leaves out"
         if len(parts) > 1:
             tokens = [sum(part.data.lengths) * part.weight for part in parts]

@@ -29,7 +29,7 @@ from distill.records import Prompt
 from distill.store import StageFolder
 from distill.tokens import load_tokenizer
 from distill.tracking import Tracker
-from students import checkpoint, metrics, replay
+from students import checkpoint, failures, metrics, replay
 from students.adapters import attach
 from students.checkpoint import Checkpoints
 from students.data import Batch, TraceData
@@ -65,8 +65,8 @@ def train_student(
     asked: what the evaluation asks; general data and other runs' traces that ask it too are left out. said: what the
     student said in a round, to train on beside the run's traces and in place of all else.
     Already finished: the counts of then. SIGTERM: a checkpoint is written and the process exits with status 0.
-    Errors: DataError for traces that do not fit, ModelError when loss or gradient is not finite; the step's traces are
-    then kept in nan-step-N (students/replay.py) and no weight has changed.
+    Errors: DataError for traces that do not fit, CapacityError for too little memory, ModelError when loss or gradient
+    is not finite; the step's traces are then kept in nan-step-N (students/replay.py) and no weight has changed.
     """
     folder = stage.path
     if ranks.on_main(lambda: is_trained(folder)):
@@ -78,18 +78,19 @@ def train_student(
     prepared = preparation.run(traces, logits) if said is None else preparation.run_on(said, traces, logits)
     for note in prepared.notes:
         ranks.print(note)
-    if shards_at_load(config.train, student):
-        model = load_parts(student.path, dtype, config.train, folder / OFFLOAD)
-    else:
-        model, _ = load_student(student.path, dtype)
-    if student.adapter is not None:
-        attach(model, student.adapter, dtype, ranks.device, config.run.seed)
     run = StudentRun(config.train, student, folder, ranks, tracker, prepared.data, prepared.plan, started_s)
     run.held_out = prepared.held_out
-    engine = run.make_engine(model, dtype)
-    run.loop(engine)
-    checkpoint.export(engine, tokenizer, folder / MODEL, dtype, ranks)
-    engine.close()
+    with failures.in_words(student.name, config.train, ranks):
+        if shards_at_load(config.train, student):
+            model = load_parts(student.path, dtype, config.train, folder / OFFLOAD)
+        else:
+            model, _ = load_student(student.path, dtype)
+        if student.adapter is not None:
+            attach(model, student.adapter, dtype, ranks.device, config.run.seed)
+        engine = run.make_engine(model, dtype)
+        run.loop(engine)
+        checkpoint.export(engine, tokenizer, folder / MODEL, dtype, ranks)
+        engine.close()
     return ranks.on_main(run.finish)
 
 
@@ -115,7 +116,7 @@ class StudentRun:
     trained_tokens: int = 0
     last_loss: float = float("nan")
     losses: list[float] = field(default_factory=list)
-    eval_loss: float | None = None
+    evaluated: tuple[int, float] | None = None  # (step, loss on held-out traces after it)
     held_out: TraceData | None = None
 
     def make_engine(self, model, dtype: torch.dtype) -> StudentEngine:
@@ -129,7 +130,8 @@ class StudentRun:
         module = StudentStep(model, settings, len(self.data.parts))
         most = -(-self.plan.rows_per_step * self.train.sequence_parallel // (self.ranks.world * self.rows))
         geometry = self.student.geometry or read_geometry(resolve_checkpoint(self.student.path), "students.N.path")
-        self.speed = metrics.Speed(self.plan, geometry, dtype, self.ranks.device, self.ranks.world)
+        frozen = self.student.adapter is not None
+        self.speed = metrics.Speed(self.plan, geometry, dtype, self.ranks.device, self.ranks.world, frozen)
         offload_dir = self.folder / OFFLOAD
         return StudentEngine(module, self.train, self.ranks, dtype=dtype, micro_batches=most, offload_dir=offload_dir)
 
@@ -144,17 +146,18 @@ class StudentRun:
         first = state.get("step", 0)
         self.before_s = state.get("wall_s", 0.0)
         self.tokens, self.trained_tokens = state.get("tokens", 0), state.get("trained_tokens", 0)
-        self.last_loss, self.eval_loss = state.get("loss", self.last_loss), state.get("eval_loss")
+        self.last_loss = state.get("loss", self.last_loss)
         log, evaluation = TrainLog(self.folder, self.ranks, self.tracker, self.student.name), self._evaluation()
         log.go_on_after(first)
         with self._bar(self.plan.tokens) as bar, self._loader(engine, first) as loader, _terminated() as stop:
             began_s = time.monotonic()
             for number, step, count, batches in loader:
-                row, stopping = self._step(engine, number, step, count, batches, bool(stop))
+                ending = bool(stop) or self.checkpoints.failed  # then _stop tells why
+                row, stopping = self._step(engine, number, step, count, batches, ending)
                 row |= self.speed.row(step.tokens, time.monotonic() - began_s, loader.take_wait_s())
-                if evaluation and ((number + 1) % self.train.eval_steps == 0 or number + 1 == len(self.plan)):
+                if evaluation and self._evaluates(number + 1):
                     row |= evaluation.measure(engine)
-                    self.eval_loss = row["eval_loss"]
+                    self.evaluated = number + 1, row["eval_loss"]
                 log.write(row, self._traces(step))
                 bar.update(step.tokens)
                 bar.set_postfix_str(f"step {number + 1}/{len(self.plan)} loss {self.last_loss:.3f}", refresh=False)
@@ -164,9 +167,15 @@ class StudentRun:
                 if done % self.train.checkpoint_steps == 0 and done < len(self.plan):
                     self._save(engine, done, identity)
                 began_s = time.monotonic()
+            self._save(engine, len(self.plan), identity)  # an export that fails or is killed costs no step
             if any(self.ranks.gather(bool(stop))):  # it came after the last step had begun
                 self._stop(engine, len(self.plan), identity)
             self.checkpoints.wait()
+
+    def _evaluates(self, done: int) -> bool:
+        """Whether the held-out traces are due after so many steps: also where the best checkpoint is to be known."""
+        judged = self.train.keep_best and done % self.train.checkpoint_steps == 0
+        return done % self.train.eval_steps == 0 or judged or done == len(self.plan)
 
     def _evaluation(self) -> HeldOut | None:
         sizes = {"row_tokens": self.plan.row_tokens, "rows_per_micro_batch": self.rows, "vocab_rows": self.vocab_rows}
@@ -216,7 +225,7 @@ class StudentRun:
 
     def _save(self, engine: StudentEngine, done: int, identity: dict) -> None:
         state = {"identity": identity, "tokens": self.tokens, "trained_tokens": self.trained_tokens}
-        state |= {"loss": self.last_loss, "wall_s": self._wall_s(), "score": self._score(), "eval_loss": self.eval_loss}
+        state |= {"loss": self.last_loss, "wall_s": self._wall_s(), "score": self._score(done)}
         self.checkpoints.save(engine, done, state)
 
     def _stop(self, engine: StudentEngine, done: int, identity: dict) -> NoReturn:
@@ -226,12 +235,12 @@ class StudentRun:
         self.ranks.barrier()
         sys.exit(0)
 
-    def _score(self) -> float | None:
-        """What the best checkpoint has least of: the last loss on held-out traces, None before the first; without any,
-        the mean loss of the steps since the checkpoint before."""
+    def _score(self, done: int) -> float | None:
+        """What the best checkpoint has least of: the loss on held-out traces, None where a stop left no time for it;
+        without any, the mean loss of the steps since the checkpoint before."""
         losses, self.losses = self.losses, []
         if self.held_out is not None:
-            return self.eval_loss
+            return self.evaluated[1] if self.evaluated and self.evaluated[0] == done else None
         return sum(losses) / len(losses) if losses else self.last_loss
 
     def _refuse(self, engine: StudentEngine, number: int, step: StepPlan, what: str, value: float) -> NoReturn:
@@ -278,7 +287,8 @@ class StudentRun:
             **self.data.counts,
             "wall_s": self._wall_s(),
         }
-        files.write_json(self.folder / SUMMARY, summary)
+        with files.disk_errors(self.folder):
+            files.write_json(self.folder / SUMMARY, summary)
         files.remove_stale(self.folder)
         return summary
 

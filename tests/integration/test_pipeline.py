@@ -13,6 +13,7 @@ from launches import SECRETS, STAGE_FOLDERS, contents, distill, environment, num
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill.records import prompt_key
+from distill.tracking import read_history
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,7 @@ def test_the_report_holds_what_the_design_names(report):
         assert 0 <= row["ci_low"] <= row["pass_at_1"] <= row["ci_high"] <= 1
         assert 0 < row["mean_tokens"] <= 120 and 0 <= row["truncated_share"] <= 1
         assert (row["problems"], row["samples_per_problem"], row["grader_errors"]) == (12, 2, 0)
+    assert [row["base"] for row in report["models"]] == [None, None, "base", "base"]
     score = {row["name"]: row["pass_at_1"] for row in report["models"]}
     assert score["teacher"] > 0.8
     pairs = {(row["a"], row["b"]): row for row in report["comparisons"]}
@@ -87,6 +89,23 @@ def test_the_report_holds_what_the_design_names(report):
     assert {"1-prompts", "2-traces", "4-student/response", "4-student/logits", "5-eval"} <= set(stages)
     steps = [row["step"] for row in report["training"]["logits"]]
     assert steps == list(range(1, len(steps) + 1))
+
+
+def test_the_curves_of_training_and_a_table_of_samples_reach_the_tracker(reference, report):
+    history = read_history(reference.folder)
+    for name in ("response", "logits"):
+        rows = [json.loads(line) for line in (reference.folder / "4-student" / name / "log.jsonl").open()]
+        told = {each["step"]: each for each in history if each["scope"] == name and "train/loss" in each}
+        assert list(told) == [row["step"] for row in rows]
+        assert all(told[row["step"]][f"train/{key}"] == row[key] for row in rows for key in row if key != "step")
+    (path,) = reference.folder.glob("tracking/wandb/offline-run-*/files/media/table/examples_*.table.json")
+    table = json.loads(path.read_text())
+    shown = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert len(shown) == len(report["examples"]) > 0
+    for row, example in zip(shown, report["examples"], strict=True):
+        samples = json.loads(row["samples"])
+        assert [each["model"] for each in samples] == ["teacher", "response", "logits"]
+        assert (row["prompt"], samples) == (example["prompt"], example["samples"])
 
 
 def test_the_report_page_needs_nothing_but_itself(reference):

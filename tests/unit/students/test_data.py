@@ -110,6 +110,17 @@ def test_another_tokenizer_reads_the_text_again_and_cannot_take_logits(tokenizer
         load_traces(*stages, own, 160)
 
 
+def test_half_a_character_of_the_teacher_is_not_learned_as_another_one(tokenizer, tmp_path):
+    own, traces = make_tokenizer(tmp_path / "own", vocab_size=280), make_traces(tokenizer, 3)
+    half = tokenizer.convert_tokens_to_ids("Ã")  # the first byte of é
+    ids = [*traces[0].completion_ids[:-1], half, traces[0].completion_ids[-1]]
+    traces[0] = replace(traces[0], completion_ids=ids, text=tokenizer.decode(ids[:-1]))
+    stages = make_stages(tmp_path, tokenizer, traces)
+    data = load_traces(stages[0], None, own, 160)
+    assert data.counts["not_utf8"] == 1 and {e.key for e in data.examples} == {t.sample_key for t in traces[1:]}
+    assert load_traces(stages[0], None, tokenizer, 160).counts["not_utf8"] == 0  # its own tokens say it
+
+
 def test_an_empty_share_is_one_token_without_loss(tokenizer, tmp_path):
     data = load_traces(*make_stages(tmp_path, tokenizer, make_traces(tokenizer, 3)), tokenizer, 96)
     batch = data.collate([], 400)

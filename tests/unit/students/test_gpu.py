@@ -5,15 +5,26 @@ import torch
 import torch.nn.functional as F
 from student_world import settings
 
+from distill.config_geometry import Geometry
 from distill.dist import init_ranks
 from distill.store import RunFolder
 from students.attention import packed_attention, running_ends
 from students.data import load_traces
 from students.engine import StudentEngine
+from students.metrics import Speed
 from students.model import load_student
+from students.packing import TrainPlan
 from students.step import LossSettings, StudentStep
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def test_the_peak_memory_is_that_of_the_training_and_not_of_what_ran_before():
+    torch.empty(2 << 30, dtype=torch.uint8, device="cuda")
+    geometry = Geometry(family="llama", hidden_size=64, layers=2, heads=4, intermediate_size=128, vocab_size=100)
+    plan = TrainPlan(["a"], [10], [5], row_tokens=40, batch_tokens=40, epochs=1, seed=0)
+    speed = Speed(plan, geometry, torch.bfloat16, torch.device("cuda", 0), 1)
+    assert speed.row(10, 1.0, 0.0)["memory_gib"] < 1.5
 
 
 def test_the_kernel_equals_attention_on_each_trace_alone():

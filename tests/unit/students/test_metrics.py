@@ -18,7 +18,7 @@ from distill.losses.metrics import LossMetrics
 from distill.metrics import METRICS, known
 from distill.store import RunFolder
 from distill.tokens import load_tokenizer
-from distill.tracking import Tracker
+from distill.tracking import Tracker, read_history
 from students import metrics, replay
 from students.data import Example, TraceData, load_traces
 from students.mixture import Mixture, Part, hold_out
@@ -82,7 +82,15 @@ def test_every_figure_of_a_row_is_a_known_metric_and_steps_wait_for_data(world, 
         assert 0 <= row["data_wait_s"] <= row["step_s"] and 0 < row["packing_efficiency"] <= 1
         assert row["support_mass"] + row["student_tail"] == pytest.approx(1, abs=1e-5)
     assert rows[-1]["epoch"] == 2 and counts["packing_efficiency"] <= 1
+    sent = {record.pop("step"): record for record in read_history(tmp_path)}  # what the tracker was told of each step
+    assert sent == {row["step"]: {"scope": "small", **prefixed(row)} for row in rows}
+    asked = {"ce", "kd", "kl", "top1", "entropy", "tail", "student_tail", "grad_norm", "lr", "tokens_per_s"}
+    assert asked | {"packing_efficiency", "data_wait_s", "eval_loss"} <= rows[-1].keys()
     assert known("train/loss/any-set") and not known("train/los/any") and "train/loss/any-set" not in METRICS
+
+
+def prefixed(row: dict) -> dict:
+    return {f"train/{name}": value for name, value in row.items() if name != "step"}
 
 
 def test_loss_of_each_set_is_per_token_of_that_set():
@@ -113,6 +121,10 @@ def test_model_flops_over_the_peak(monkeypatch):
     # a token sees half of its own trace: the mean over tokens of the length is (10 * 10 + 30 * 30) / 40 = 25
     assert row["mfu"] == pytest.approx(1000 / 0.5 * train_flops(geometry, 25) / 4e9)
     assert (row["tokens_per_s"], row["step_s"], row["data_wait_s"]) == (2000, 0.5, 0.1) and "memory_gib" not in row
+    # an adapter's base has no gradient of its weights: two products of each a token in place of three
+    adapted = metrics.Speed(plan, geometry, torch.bfloat16, torch.device("cpu"), 4, frozen=True).row(1000, 0.5, 0.1)
+    attention = train_flops(geometry, 25) - train_flops(geometry, 0)
+    assert adapted["mfu"] == pytest.approx(2000 * (train_flops(geometry, 0) * 2 / 3 + attention) / 4e9)
 
 
 # --- held-out traces -------------------------------------------------------------------------------------------------
