@@ -224,7 +224,7 @@ _SPEED_ONLY = {
     "train": {
         "micro_batch_tokens", "checkpoint_steps", "keep_checkpoints", "keep_best",
         "zero_stage", "offload", "offload_params", "activation_checkpointing", "compile", "loader_workers",
-        "sequence_parallel", "activation_offload", "kept_activations", "mlp_tiles",
+        "sequence_parallel", "activation_offload", "kept_activations", "mlp_tiles", "eval_steps",
     },
     "eval": {"batch_size"},
 }  # fmt: skip

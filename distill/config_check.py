@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from distill.checkpoints import check_checkpoint
+from distill.config_addresses import address_problems, wrong_url
 from distill.config_load import Loc, Origin, Problem, summary
 from distill.config_mixture import missing_for_mixture, mixture_problems
 from distill.config_optimizer import missing_for_optimizer, optimizer_problems
+from distill.config_positions import misfit_for_positions
 from distill.config_sequence import misfit_for_sequence, sequence_problems
 from distill.errors import CapacityError, ConfigError, DistillError, ModelError, ServiceError
 from distill.split import expert_problems, tensor_problems, ways_problems
@@ -35,7 +37,7 @@ def cross_check(config: Config, origin: Origin) -> list[Problem]:
     """Problems of a config whose single settings are valid: one sentence each, with the remedy."""
     checks = (
         _tokens, _sampling, _students, optimizer_problems, mixture_problems, sequence_problems, _evaluation,
-        _publishing, _service, _hardware, _geometries, _sharding, _speculation,
+        _publishing, address_problems, _service, _hardware, _geometries, _sharding, _speculation,
     )  # fmt: skip
     return [problem for check in checks for problem in check(config, origin)]
 
@@ -53,8 +55,9 @@ def _tokens(config: Config, origin: Origin) -> Iterator[Problem]:
     if train.micro_batch_tokens > train.batch_tokens:
         must = f"it must be <= train.batch_tokens, {train.batch_tokens}. Lower one or raise the other."
         yield _problem(origin, micro, train.micro_batch_tokens, must, batch)
-    if new >= train.max_seq_tokens:
-        must = f"it must be < train.max_seq_tokens, {train.max_seq_tokens}, to leave room for the prompt. Lower it."
+    if new >= train.max_seq_tokens and "too_long" not in train.model_fields_set:
+        must = f"it must be < train.max_seq_tokens, {train.max_seq_tokens}, to leave room for the prompt. Lower it, "
+        must += "or set train.too_long to say what becomes of longer traces: drop or split."
         yield _problem(origin, ("teacher", "sampling", "max_new_tokens"), new, must, row)
 
 
@@ -136,7 +139,7 @@ def _publishing(config: Config, origin: Origin) -> Iterator[Problem]:
 
 def _service(config: Config, origin: Origin) -> Iterator[Problem]:
     teacher = config.teacher
-    if teacher.url and not is_loopback(teacher.url) and teacher.token_env is None:
+    if teacher.url and not (wrong_url(teacher.url) or is_loopback(teacher.url) or teacher.token_env):
         must = "a service on another machine must ask for a token. Set teacher.token_env to the variable that holds it."
         yield _problem(origin, ("teacher", "url"), repr(teacher.url), must, ("teacher", "token_env"))
     if teacher.token_env and not teacher.url:
@@ -257,7 +260,7 @@ def check_machine(config: Config, environment: Mapping[str, str] = os.environ) -
     """
     found = [*_gpu_errors(config), *_checkpoint_errors(config, environment), *_token_errors(config, environment)]
     found += [*_split_errors(config), *missing_for_optimizer(config), *missing_for_mixture(config)]
-    found += misfit_for_sequence(config)
+    found += [*misfit_for_sequence(config), *misfit_for_positions(config)]
     if len(found) == 1:
         raise found[0]
     if found:
@@ -316,7 +319,7 @@ def _split_errors(config: Config) -> Iterator[DistillError]:
         return
     try:
         sizes = json.loads(path.read_bytes())
-    except ValueError:
+    except (OSError, ValueError):
         return  # reported with the checkpoint
     for loc, problem in _cuts(config, sizes) if isinstance(sizes, dict) else ():
         name = ".".join(loc)
@@ -326,7 +329,7 @@ def _split_errors(config: Config) -> Iterator[DistillError]:
 def _folder_error(name: str, folder: Path) -> DistillError | None:
     try:
         check_checkpoint(folder)
-    except ModelError as error:
+    except (ModelError, OSError) as error:
         return ModelError(f"{name} is {folder}, which cannot be loaded: {error}")
     if not (folder / "tokenizer.json").is_file():
         return ModelError(
@@ -378,9 +381,10 @@ def _has_wandb_login(environment: Mapping[str, str]) -> bool:
 
 
 def is_loopback(url: str) -> bool:
-    """Whether a URL points at this machine."""
-    host = urlsplit(url).hostname or ""
+    """Whether a URL points at this machine; one that cannot be read does not."""
+    host = ""
     try:
+        host = urlsplit(url).hostname or ""
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost" or host.endswith(".localhost")

@@ -18,6 +18,7 @@ from distill.errors import ConfigError
 
 SECRET = re.compile(r"hf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}|://[^/\s:@]+:[^/\s@]+@")
 SECRET_KEY = re.compile(r"(token|key|secret|password)(_env)?$", re.IGNORECASE)
+MOST_VALUES = 100_000
 LONG_OPAQUE = re.compile(r"^[A-Za-z0-9_\-]{32,}$")
 
 
@@ -87,7 +88,8 @@ def overlap(a: Loc, b: Loc) -> bool:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars (1e-5 is a number; yes, no, on and off are words), with repeated keys kept as problems."""
+    """YAML 1.2 scalars (1e-5 is a number; yes, no, on, off, 1:30 and 010 are words: what they count in YAML 1.1, as
+    truth, in sixties or in eights, nobody means), with repeated keys kept as problems."""
 
     def __init__(self, text: str):
         super().__init__(text)
@@ -104,7 +106,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_REPLACED = {"tag:yaml.org,2002:float", "tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp"}
+_REPLACED = {f"tag:yaml.org,2002:{kind}" for kind in ("float", "int", "bool", "timestamp")}
 _Loader.yaml_implicit_resolvers = {
     letter: [(tag, pattern) for tag, pattern in pairs if tag not in _REPLACED]
     for letter, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -113,18 +115,29 @@ _FLOAT = re.compile(
     r"^[-+]?(?:(?:\d[\d_]*\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
 )
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_INT = re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
 
 
 def parse_yaml(text: str) -> tuple[Any, list[tuple[str, int, int]]]:
-    """The value and the repeated keys as (key, line, line of the first); yaml.YAMLError if it cannot be parsed."""
+    """The value and the repeated keys as (key, line, line of the first); yaml.YAMLError if it cannot be parsed, or if
+    aliases repeat its parts beyond MOST_VALUES, as one that stands inside itself does."""
     loader = _Loader(text)
     try:
-        return loader.get_single_data(), loader.repeated
+        data = loader.get_single_data()
     finally:
         loader.dispose()
+    values, waiting = 0, [data]
+    while waiting:
+        here = waiting.pop()
+        waiting += here.values() if isinstance(here, dict) else here if isinstance(here, list) else ()
+        values += 1
+        if values > MOST_VALUES:
+            raise yaml.MarkedYAMLError(problem=f"with what its aliases repeat it holds over {MOST_VALUES:,} values")
+    return data, loader.repeated
 
 
 def read_yaml(path: str) -> tuple[dict, list[Problem]]:
@@ -267,7 +280,7 @@ def _replace(data: Any, wrong: dict[Loc, Any]) -> Any:
 
 def explain(model: type[BaseModel], error: dict, origin: Origin) -> str:
     loc, kind, ctx, value = clean_loc(model, error["loc"]), error["type"], error.get("ctx", {}), error.get("input")
-    if kind == "extra_forbidden":
+    if kind in ("extra_forbidden", "invalid_key"):
         return f"{origin.name(loc)} is not a setting. {suggest(model, error['loc'])}"
     if kind == "missing":
         return f"{dotted(loc)} is missing from {origin.file}. {_use(model, error['loc']) or 'Add it.'}"

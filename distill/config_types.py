@@ -9,8 +9,11 @@ ENV_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
 
 
 def _whole(value: object) -> object:
-    """1e5 is a whole number too, though YAML reads it as a float."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    """1e5 is a whole number too, though YAML reads it as a float. What 64 bits cannot hold, nothing later can."""
+    whole = int(value) if isinstance(value, float) and value.is_integer() else value
+    if isinstance(whole, int) and not -(2**63) <= whole < 2**63:
+        raise ValueError("the number is too large for 64 bits. Use a smaller one")
+    return whole
 
 
 Int = Annotated[int, BeforeValidator(_whole)]

@@ -4,7 +4,6 @@ Every turn of the assistant is a text of its own, after the conversation before 
 """
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from distill.errors import DataError
 from distill.records import prompt_key
 from distill.tokens import THINK_CLOSE, encode_completion, end_id, render_chat, split_thinking, token_bytes
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
 REJECTED = ("no_assistant", "duplicate", "refused", "not_round_trip", "too_long")
 
 
@@ -36,7 +34,7 @@ class Row:
     @property
     def is_broken(self) -> bool:
         """Whether it holds half a character, which JSON can write and UTF-8 cannot."""
-        return any(_SURROGATE.search(text) for text in [self.text, *(part for m in self.messages for part in m)])
+        return any(prompts.SURROGATE.search(text) for text in [self.text, *(part for m in self.messages for part in m)])
 
     @property
     def questions(self) -> list[str]:

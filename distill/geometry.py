@@ -135,9 +135,12 @@ def forward_flops(g: Geometry, context_tokens: float, *, absorbed: bool = False)
     return 2.0 * parameters(g).multiplied + 2.0 * g.layers * width * context_tokens
 
 
-def train_flops(g: Geometry, seq_tokens: float) -> float:
-    """Operations of one token of a training sequence: forward and twice that backward; recomputation is not counted."""
-    return 3 * forward_flops(g, seq_tokens / 2)
+def train_flops(g: Geometry, seq_tokens: float, *, frozen: bool = False) -> float:
+    """Operations of one token of a training sequence: forward and twice that backward; recomputation is not counted.
+
+    frozen: under an adapter the weights have no gradient, so that a backward pass takes one product of each, not two.
+    """
+    return 3 * forward_flops(g, seq_tokens / 2) - frozen * forward_flops(g, 0)
 
 
 def cache_bytes_per_token(g: Geometry, element_bytes: int = 2, tensor_parallel: int = 1) -> float:

@@ -7,7 +7,7 @@ generator is named in the text instead.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -268,7 +268,7 @@ def _results(config: Config, student: str, report: dict[str, Any]) -> str:
 
 
 def _provenance(config: Config, student: str, made: Made) -> str:
-    sampling, train = config.teacher.sampling, config.train
+    sampling, train, adapter = config.teacher.sampling, config.train, config.student(student).adapter
     verified = "only those with a correct answer kept" if config.traces.verify else "kept whether correct or not"
     rows: Sequence[tuple[str, str]] = (
         ("teacher", f"{_named(config.teacher.path)}, fingerprint `{made.teacher_fingerprint}`"),
@@ -283,11 +283,29 @@ def _provenance(config: Config, student: str, made: Made) -> str:
             f"{train.epochs} epochs, {train.batch_tokens} tokens a step, learning rate {train.lr:g} "
             f"({train.schedule} to {train.min_lr_ratio:g} of it), rows of {train.max_seq_tokens} tokens",
         ),
+        ("also trained on", "; ".join(_beside_traces(config, student))),
+        ("adapter", f"{adapter.kind} of rank {adapter.rank}, merged" if adapter else ""),
         ("command", f"`{redact_text(made.command)}`"),
         ("code", f"commit `{made.commit}`"),
         ("config", f"hash `{made.config_hash}`"),
     )
     return "| | |\n|---|---|\n" + "".join(f"| {name} | {text} |\n" for name, text in rows if text)
+
+
+def _beside_traces(config: Config, student: str) -> Iterator[str]:
+    """What else the student learned from, so that nobody takes its abilities for the traces' doing."""
+    train = config.train
+    for each in train.trace_sets:
+        yield f"traces of the run {Path(each.run).name} (weight {each.weight:g})"
+    if train.general:
+        names = "; ".join("bundled questions" if s.kind == "bundled" else source_name(s) for s in train.general.sources)
+        how = "the base's own answers to" if train.general.loss == "kl_to_base" else "the answers in"
+        yield f"{how} general data, {train.general.share:.0%} of an epoch's tokens ({names})"
+    if config.student(student).loss.kind == "logits":
+        for each in train.text_sets:
+            yield f"conversations that the teacher read, not wrote (weight {each.weight:g}; {source_name(each.source)})"
+        if train.on_policy:
+            yield f"its own text, read by the teacher, in {train.on_policy.rounds} rounds"
 
 
 def _usage(config: Config, name: str) -> str:

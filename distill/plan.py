@@ -172,11 +172,14 @@ def _fastest(config: Config, geometry: Geometry, element: int, new: int, batch: 
 
 
 def _machine(config: Config, gpus: int | None, gpu: str | None) -> tuple[Gpu, int]:
-    kind, count, node = gpu or config.hardware.gpu, gpus or config.hardware.gpus, config.hardware.gpus_per_node
+    kind, node = gpu or config.hardware.gpu, config.hardware.gpus_per_node
+    count = config.hardware.gpus if gpus is None else gpus
     if kind not in GPUS:
         raise ConfigError(f"--gpu is {kind!r}; it must be one of {', '.join(GPUS)}", remedy=f"Use {next(iter(GPUS))}.")
-    if count < 1 or (count > node and count % node):
-        remedy = f"Use {max(1, count // node) * node}, or set hardware.gpus_per_node."
+    if count < 1:
+        raise ConfigError(f"--gpus is {count}; it must be >= 1", remedy=f"Use {node}.")
+    if count > node and count % node:
+        remedy = f"Use {count // node * node}, or set hardware.gpus_per_node."
         raise ConfigError(f"--gpus is {count}; beyond one node it must be a multiple of {node}", remedy=remedy)
     return GPUS[kind], count
 
@@ -332,13 +335,15 @@ class _Planner:
         students = [(self.student_geometry(i), student.adapter) for i, student in enumerate(self.config.students)]
         counts = [parameters(g).total for g, _ in students]
         trainings = 1 if train.on_policy is None else 1 + train.on_policy.rounds  # each keeps what it wrote
-        checkpoints = trainings * sum(state_bytes(g, train, adapter).checkpoint for g, adapter in students)
+        each = [state_bytes(g, train, adapter).checkpoint for g, adapter in students]
+        kept = trainings * (train.keep_checkpoints + train.keep_best)
+        checkpoints = kept * sum(each) + max(each)  # the next one is whole before the oldest goes
         disk = {"2-traces": tokens * TRACE_BYTES}
         if teacher.capture is not None:
             disk["3-logits"] = tokens * (
                 POSITION_BYTES + ENTRY_BYTES * (teacher.capture.k_max + teacher.capture.tail_draws)
             )
-        disk["4-student"] = checkpoints * train.keep_checkpoints + trainings * sum(counts) * element_bytes(train.dtype)
+        disk["4-student"] = checkpoints + trainings * sum(counts) * element_bytes(train.dtype)
         if self.config.publish.student is not None:
             disk["6-publish"] = float(max(counts) * element_bytes(train.dtype))
         return disk

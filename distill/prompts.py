@@ -6,37 +6,42 @@ spacing and sentence punctuation, is in the evaluation set is dropped and counte
 
 import importlib.metadata
 import json
+import math
 import re
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from distill import files
+from distill import files, tokens
 from distill.errors import DataError
-from distill.records import SCHEMA_VERSION, Prompt
+from distill.grade import grade
+from distill.records import SCHEMA_VERSION, Prompt, Verdict
 from distill.store import StageFolder
 from distill.traceset import PROMPT_COLUMNS, prompt_of_row, prompt_row, read_rows, write_rows
 
 _SCHEMA = pa.schema(PROMPT_COLUMNS, metadata={b"distill.schema": str(SCHEMA_VERSION)})
+SURROGATE = re.compile("[\ud800-\udfff]")
 _LOADERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
-COUNTED = ("read", "kept", "duplicate", "overlapping", "other_split", "over_max", "short")
+COUNTED = ("read", "kept", "duplicate", "overlapping", "other_split", "special", "over_max", "short")
 
 
-def make_prompts(config: Any, stage: StageFolder) -> dict:
+def make_prompts(config: Any, stage: StageFolder, special: Collection[str] = ()) -> dict:
     """Writes the opened stage from config.prompts and finishes it; returns its counts. Rank 0 only.
 
-    Counts: {"train": n, "eval": n, "sources": [{"split", "source", read, kept, duplicate, overlapping, other_split,
-    over_max, short}]}. `read` is the sum of the next five of these; `short` is how many prompts a generator could not
-    find. DataError if a file cannot be used, or if training or evaluation ends up empty.
+    special: texts that no prompt may hold (special_of). Counts: {"train": n, "eval": n, "sources": [{"split", "source",
+    read, kept, duplicate, overlapping, other_split, special, over_max, short}]}. `read` is the sum of the next six of
+    these; `short` is how many prompts a generator could not find. DataError if a file cannot be used, or if training or
+    evaluation ends up empty.
     """
     started_s = time.monotonic()
-    evaluation, train, sources = collect(config.prompts)
+    evaluation, train, sources = collect(config.prompts, special)
     _write_prompts(stage, "train", train)
     _write_prompts(stage, "eval", evaluation)
     counts = {"train": len(train), "eval": len(evaluation), "sources": sources}
@@ -52,11 +57,23 @@ def load_prompts(stage: StageFolder, which: str) -> list[Prompt]:
     return [prompt_of_row(row, f"{path} row {number}") for number, row in enumerate(rows)]
 
 
-def collect(config: Any) -> tuple[list[Prompt], list[Prompt], list[dict]]:
+def special_of(paths: Iterable[str]) -> set[str]:
+    """The special tokens of the tokenizers of these models. In a prompt one would end or forge a turn, and no model
+    could be asked it: left out here, it stops no later stage after hours of work. ModelError or DataError for a
+    tokenizer that cannot be used: no file, no chat template, or one that takes no question."""
+    found: set[str] = set()
+    for tok in map(tokens.load_tokenizer, sorted(set(paths))):
+        tokens.end_id(tok)
+        tokens.render_prompt(tok, "What is 17 + 25?")
+        found.update(tokens.special_tokens(tok))
+    return found
+
+
+def collect(config: Any, special: Collection[str] = ()) -> tuple[list[Prompt], list[Prompt], list[dict]]:
     """(evaluation prompts, training prompts, counts per source) of a `prompts` section; see make_prompts."""
     no_overlap = _Overlap([])
-    evaluation, eval_counts = _gather(config.eval, "heldout", no_overlap)
-    train, train_counts = _gather(config.train, "train", _Overlap(evaluation))
+    evaluation, eval_counts = _gather(config.eval, "heldout", no_overlap, special)
+    train, train_counts = _gather(config.train, "train", _Overlap(evaluation), special)
     counts = [*_labelled("eval", eval_counts), *_labelled("train", train_counts)]
     _require_both(evaluation, train, train_counts)
     if config.max_train is not None and len(train) > config.max_train:
@@ -95,8 +112,11 @@ class _Overlap:
         return prompt.key in self.keys or (bool(self.texts) and normalised(prompt.text) in self.texts)
 
 
-def _gather(sources: Sequence[Any], side: str, excluded: _Overlap) -> tuple[list[tuple[int, Prompt]], list[dict]]:
-    """[(position of its source, prompt)] without repeats and without `excluded`, and the counts of each source."""
+def _gather(
+    sources: Sequence[Any], side: str, excluded: _Overlap, special: Collection[str]
+) -> tuple[list[tuple[int, Prompt]], list[dict]]:
+    """[(position of its source, prompt)] without repeats, `excluded` and what holds a text of `special`, and the counts
+    of each source."""
     kept, seen, counts = [], set(), []
     for position, source in enumerate(sources):
         count = Counter(dict.fromkeys(COUNTED, 0))
@@ -105,7 +125,7 @@ def _gather(sources: Sequence[Any], side: str, excluded: _Overlap) -> tuple[list
             for prompt in candidates:
                 if wanted is not None and found == wanted:
                     break
-                fate = _fate(prompt, source, side, seen, excluded)
+                fate = _fate(prompt, source, side, seen, excluded, special)
                 count["read"] += 1
                 count[fate] += 1
                 if fate == "kept":
@@ -117,9 +137,11 @@ def _gather(sources: Sequence[Any], side: str, excluded: _Overlap) -> tuple[list
     return kept, counts
 
 
-def _fate(prompt: Prompt, source: Any, side: str, seen: set[str], excluded: _Overlap) -> str:
+def _fate(prompt: Prompt, source: Any, side: str, seen: set[str], excluded: _Overlap, special: Collection[str]) -> str:
     from distill.tasks.split import split_of
 
+    if any(token in prompt.text for token in special):
+        return "special"
     if source.kind == "reasoning_gym" and split_of(prompt) != side:
         return "other_split"
     if prompt in excluded:
@@ -195,28 +217,50 @@ def _hf_table(source: Any) -> Any:
             return datasets.load_dataset(
                 _LOADERS[path.suffix], data_files={source.split: str(path)}, split=source.split
             )
-        if (path / "dataset_dict.json").is_file():
-            return datasets.load_from_disk(str(path))[source.split]
-        if (path / "state.json").is_file():
-            return datasets.load_from_disk(str(path))
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            return _saved(path, source.split)
         return datasets.load_dataset(source.path, subset, split=source.split)
+    except DataError:
+        raise
     except Exception as error:  # the library raises over a dozen classes here, most of them ValueError
         remedy = "Check path, subset and split; a Hub dataset needs the network unless it is in the local cache."
         what = f"the dataset cannot be loaded: {type(error).__name__}: {error}"
         raise DataError(what, where=f"{source.path} split {source.split}", remedy=remedy) from error
 
 
+def _saved(path: Path, split: str) -> Any:
+    """What save_to_disk wrote: one split of several, or a data set that has none and goes by the name train."""
+    import datasets
+
+    found = datasets.load_from_disk(str(path))
+    splits = found if isinstance(found, dict) else {"train": found, str(found.split): found}
+    if split not in splits:
+        there = ", ".join(name for name in splits if name != "None")
+        raise DataError(f"has no split {split}; it has {there}", where=str(path), remedy="Name one of them in split.")
+    return splits[split]
+
+
 def _prompt(source: Any, row: dict, where: str) -> Prompt:
     text = _field(row, source.prompt_field, "prompt_field", where)
     answer = _field(row, source.answer_field, "answer_field", where)
     family = getattr(source, "family", None) or Path(source.path).stem
-    return Prompt(text=text, answer=answer, family=family, grader=source.grader, source=str(source.path))
+    prompt = Prompt(text=text, answer=answer, family=family, grader=source.grader, source=str(source.path))
+    if prompt.grader in ("integer", "number"):  # cheap; math starts processes
+        graded = grade(prompt, f"</think>\\boxed{{{answer}}}", "stop")
+        if graded.verdict != Verdict.CORRECT:
+            remedy = f"Correct {source.answer_field}, remove the row, or set grader: math or exact."
+            raise DataError(f"the answer is not a plain {prompt.grader}", where=where, value=answer[:80], remedy=remedy)
+    return prompt
 
 
 def _field(row: dict, name: str, setting: str, where: str) -> str:
     value = row.get(name)
     if isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)
+        if not math.isfinite(value):
+            raise DataError(f"{name!r} is no finite number", where=where, value=value, remedy="Correct or remove it.")
+        value = format(Decimal(str(value)), "f")  # 1e-07 is 0.0000001: graders read no exponents
+    if isinstance(value, str) and SURROGATE.search(value):
+        raise DataError(f"{name!r} holds half a character", where=where, remedy="Remove the escape \\uD800 to \\uDFFF.")
     if isinstance(value, str) and value.strip():
         return value.strip()
     if name not in row:
@@ -236,7 +280,10 @@ def _require_both(evaluation: Sequence, train: Sequence, counts: list[dict]) -> 
     if overlapping:
         what = f"all {overlapping} training prompts that were read are also in the evaluation set"
         raise DataError(what, where="prompts.train", remedy="Train on other prompts than those you evaluate on.")
-    raise DataError(f"the training set is empty ({read} read)", where="prompts.train", remedy="Add a source with rows.")
+    special = sum(c["special"] for c in counts)
+    held = f", of them {special} with a special token of a tokenizer" if special else ""
+    what = f"the training set is empty ({read} read{held})"
+    raise DataError(what, where="prompts.train", remedy="Add a source with rows.")
 
 
 def _thin_out(train: list[tuple[int, Prompt]], limit: int, counts: list[dict]) -> list[tuple[int, Prompt]]:
@@ -273,16 +320,26 @@ def source_hashes(prompts: Any) -> dict[str, str]:
     return file_hashes([*prompts.train, *prompts.eval])
 
 
+def _hash(local: Path) -> str:
+    if local.is_file():
+        return files.file_sha256(local)
+    inside = sorted(entry for entry in local.rglob("*") if entry.is_file())
+    return files.digest([[str(entry.relative_to(local)), files.file_sha256(entry)] for entry in inside])
+
+
 def file_hashes(sources: Sequence[Any]) -> dict[str, str]:
     """source_hashes of a list of sources."""
     hashes, lines = {}, {str(source.path) for source in sources if source.kind == "jsonl"}
     for path in sorted({str(source.path) for source in sources if source.kind in ("jsonl", "hf")}):
         local = Path(path)
-        if local.is_file():
-            hashes[path] = files.file_sha256(local)
-        elif local.is_dir() and path not in lines:
-            inside = sorted(entry for entry in local.rglob("*") if entry.is_file())
-            hashes[path] = files.digest([[str(e.relative_to(local)), files.file_sha256(e)] for e in inside])
+        if local.is_file() or (local.is_dir() and path not in lines):
+            try:
+                hashes[path] = _hash(local)
+            except OSError as error:
+                what = f"cannot be read: {error.strerror}"
+                raise DataError(
+                    what, where=path, remedy="Give this user the right to read it, or check the disk."
+                ) from error
         elif path in lines or local.suffix in _LOADERS or path.startswith((".", "/", "~")):
             what = "there is no such file" if path in lines else "there is no such file or folder"
             raise DataError(what, where=path, remedy="Correct the path of this source.")

@@ -36,7 +36,8 @@ _PROBE_TOLERANCE = 1e-3
 def check_publish(config: Config) -> None:
     """Returns if the publish section can be carried out, before any work.
 
-    Errors: ConfigError for an unknown student, a name that the base's licence forbids, or GGUF without its extra;
+    Errors: ConfigError for an unknown student, a name that the base's licence or the Hub forbids, or GGUF without its
+    extra;
     ModelError for GGUF of a student that llama.cpp cannot hold; ServiceError when an upload is asked for without a
     token or with the Hub switched off. No network.
     """
@@ -56,7 +57,17 @@ def check_publish(config: Config) -> None:
     if config.publish.gguf:
         require_packages()
     if config.publish.repo:
+        _check_repo(config.publish.repo)
         _token()
+
+
+def _check_repo(repo: str) -> None:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ConfigError(f"publish.repo is no name of the Hub: {error}", remedy="Use ORG/NAME.") from None
 
 
 def choose_student(config: Config, report: dict[str, Any]) -> str | None:
@@ -227,8 +238,6 @@ def _refuse_unsafe(model: Path) -> None:
             value=unsafe,
             remedy="Export the student as safetensors again.",
         )
-    if "auto_map" in _read_json(model / "config.json"):
-        raise ModelError("config.json asks for remote code (auto_map)", where=str(model / "config.json"))
     index = _read_json(model / "model.safetensors.index.json").get("weight_map", {})
     weights = sorted(model.glob("*.safetensors"))
     missing = sorted(set(index.values()) - {path.name for path in weights})
@@ -255,6 +264,10 @@ def _copy_model(model: Path, target: Path) -> None:
     for name in _FILES:
         if (model / name).is_file():
             shutil.copyfile(model / name, target / name)
+    for name in ("config.json", "tokenizer_config.json"):
+        found = _read_json(target / name)
+        if found.pop("auto_map", None):  # of the base: it names code that neither ran here nor is published
+            _write(target / name, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
 
 
 def _write_texts(

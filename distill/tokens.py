@@ -112,13 +112,16 @@ def render_chat(tok: PreTrainedTokenizerFast, messages: list[dict[str, str]]) ->
     except TemplateError as error:
         raise DataError(
             f"the chat template does not take this conversation: {error}",
+            where=str(tok.name_or_path) or None,
             value=[message["role"] for message in messages],
             remedy="Leave it out, or use roles in the order that the template asks for.",
         ) from error
     for message in messages:
-        if message["role"] not in ("user", "assistant") and message["content"].strip() not in text:
+        # Of the assistant's earlier turns templates leave out the reasoning, as their models are meant to read them.
+        if message["role"] != "assistant" and message["content"].strip() not in text:
             raise DataError(
                 f"the chat template leaves out what {message['role']!r} says",
+                where=str(tok.name_or_path) or None,
                 value=message["content"][:80],
                 remedy="Leave the conversation out, or use roles that the template knows: system, user, assistant.",
             )
@@ -179,9 +182,19 @@ def split_thinking(text: str) -> tuple[str, str | None]:
 
 
 def end_id(tok: PreTrainedTokenizerFast) -> int:
-    """The token that ends the assistant's turn: the first added token the template writes after the message."""
+    """The token that ends the assistant's turn: the first added token the template writes after the message.
+
+    Errors: ModelError when the template cannot be rendered, or nothing ends a turn.
+    """
+    from jinja2 import TemplateError
+
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "~answer~"}]
-    tail = tok.apply_chat_template(messages, tokenize=False).rpartition("~answer~")[2]
+    try:
+        tail = tok.apply_chat_template(messages, tokenize=False).rpartition("~answer~")[2]
+    except TemplateError as error:
+        remedy = "Copy chat_template.jinja and tokenizer_config.json again from where the model is published."
+        what = f"the chat template does not take a question and an answer: {error}"
+        raise ModelError(what, where=str(tok.name_or_path), remedy=remedy) from error
     added = tok.get_added_vocab()
     starts = {content: tail.find(content) for content in added if content in tail}
     if starts:
@@ -262,9 +275,13 @@ def _special_as_text(tok: PreTrainedTokenizerFast):
         backend.encode_special_tokens = before
 
 
+def special_tokens(tok: PreTrainedTokenizerFast) -> list[str]:
+    """What no prompt may hold, since it would end or forge a turn: the written form of each special token."""
+    return [token.content for token in tok.added_tokens_decoder.values() if token.special]
+
+
 def _refuse_special(tok: PreTrainedTokenizerFast, text: str) -> None:
-    found = [t.content for t in tok.added_tokens_decoder.values() if t.special and t.content in text]
-    if found:
+    if found := [token for token in special_tokens(tok) if token in text]:
         raise DataError(
             f"the prompt contains the special token {found[0]}",
             value=text[:80],

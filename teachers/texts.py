@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from distill.checkpoints import check_checkpoint
 from distill.config import Config
 from distill.config_mixture import TextSet
-from distill.conversations import REJECTED, Readable, read_turns, rows_of
+from distill.conversations import REJECTED, Readable, Row, read_turns, rows_of
 from distill.dist import Ranks
 from distill.errors import DataError
 from distill.logit_cache import CacheWriter, cache_header
@@ -65,18 +65,35 @@ def readable_texts(
 
 
 def check_texts(config: Config, run: RunFolder) -> None:
-    """DataError, as readable_texts, for a set that is not read yet and cannot be, and as rows_of for general data: told
-    before the hours that traces take, and without cutting all of it into tokens."""
+    """DataError, as readable_texts, for a set that is not read yet and cannot be, and as rows_of for general data, or
+    where no row of it can be asked of a student: told before the hours that traces take, and without cutting all of it
+    into tokens."""
     if config.train.general and not run.stage("traces").done:
-        for source in config.train.general.sources:
-            for _ in rows_of(source) if source.kind != "bundled" else ():
-                pass
+        sources = config.train.general.sources
+        rows = [row for source in sources if source.kind != "bundled" for row in rows_of(source)]
+        if all(source.kind != "bundled" for source in sources):
+            for path in sorted({student.path for student in config.students}):
+                _require_askable(rows, path)
     for each in config.train.text_sets:
         if run.stage("logits", each.name).done:
             continue
         readable = _readable(each, *_of_teacher(config))
         if all(isinstance(readable.ids(row), str) for row in read_turns(each.source, Counter())):
             readable_texts(each, readable.tokenizer, readable.max_tokens)
+
+
+def _require_askable(rows: list[Row], path: str) -> None:
+    """DataError, with the first row's reason, unless the student of this checkpoint can be asked one of the rows."""
+    tokenizer, refused = load_tokenizer(path), None
+    for row in rows:
+        try:
+            row.prompt_ids(tokenizer)
+            return
+        except DataError as error:
+            refused = refused or error
+    if refused:
+        what = f"none of {len(rows)} rows can be asked of {path}; the first: {refused.what}"
+        raise DataError(what, where="train.general.sources", value=refused.value, remedy=refused.remedy)
 
 
 def _readable(each: TextSet, tokenizer: PreTrainedTokenizerFast, max_positions: int | None) -> Readable:

@@ -17,6 +17,8 @@ from distill.evals.svg import Point, Series
 from distill.evals.table import p_against, p_value_text
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+# Control characters as signs of their own: a model may write any, and a page that holds some is no text file.
+_VISIBLE = {code: 0x2400 + code for code in range(32) if code not in (9, 10, 13)} | {127: 0x2421}
 
 
 def render_page(report: dict) -> str:
@@ -44,7 +46,7 @@ def render_page(report: dict) -> str:
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}"><style>{STYLE}</style></head>'
         f"<body><main>{page.header()}<nav>{links}</nav>{page.cards()}{body}</main></body></html>\n"
-    )
+    ).translate(_VISIBLE)
 
 
 # Each chart of agreement by position: field, label, how a table cell and an axis write it, bounds of the axis.
@@ -54,6 +56,7 @@ _POSITION_CHARTS = (
 )
 _CURVES = {
     "loss": "Loss, nats per token",
+    "eval_loss": "Loss on held-out traces, nats per token",
     "ce": "Cross-entropy, nats per token",
     "kl": "Divergence from the teacher, nats per token",
     "lr": "Learning rate",
@@ -124,8 +127,10 @@ class _Page:
         note = f" {errors} samples on which the grader failed are left out." if errors else ""
         return (
             f'<p class="soft">pass@1 is the mean over problems of the share of correct samples; its interval is '
-            "clustered by problem. Gap recovered = (student − base) / (teacher − base). p: paired permutation test."
-            f"{note}</p>"
+            "clustered by problem. pass@k: one of k samples is correct; maj@k: the most frequent answer is. Truncated: "
+            "the token budget ran out, or the reasoning was never closed; it counts as wrong. Tokens are the model's "
+            "own. Gap recovered = (student − base) / (teacher − base). p: paired permutation test, not corrected for "
+            f"the number of tests.{note}</p>"
             f'<div class="panel">{ui.table(head, rows)}</div>'
         )
 
@@ -134,8 +139,8 @@ class _Page:
         accuracy = f'<span class="strong">{100 * point.value:.1f}%</span><br><small>{ui.span(model)}</small>'
         cells = [self.look.who(model["name"]), accuracy, svg.whisker(point, self.look.style_of(model["name"]))]
         if k > 1:
-            at_k = next((row["value"] for row in model["pass_at_k"] if row["k"] == k), None)
-            cells += [ui.percent(at_k), ui.percent(model["maj_at_k"]["value"])]
+            at_k = next((row for row in model["pass_at_k"] if row["k"] == k), None)
+            cells += [ui.interval(at_k, "<br>"), ui.interval(model["maj_at_k"], "<br>")]
         gap = self.gaps.get(model["name"])
         cells += [f"{model['mean_tokens']:.1f}", ui.percent(model["truncated_share"])]
         cells.append(ui.interval(gap, "<br>"))
@@ -244,9 +249,10 @@ class _Page:
             cells.append([self.look.who(row["student"]), *values, ui.percent(row["covered_share"])])
         charts = "".join(self._by_position(rows, *what) for what in _POSITION_CHARTS)
         return (
-            '<p class="soft">On completions the teacher wrote for held-out prompts; intervals are clustered by '
-            "completion. Where a student has another tokenizer, an outcome is a set of its tokens, tokens are its own, "
-            "and bits per byte are what compares.</p>"
+            '<p class="soft">On completions the teacher wrote for held-out prompts, at temperature 1; intervals are '
+            "clustered by completion. Measured: the share of positions at which the teacher's distribution is known; "
+            "the others are left out. Where a student has another tokenizer, an outcome is a set of its tokens, tokens "
+            "are its own, and bits per byte are what compares.</p>"
             f'<div class="panel">{ui.table(head, cells)}</div><div class="pair">{charts}</div>{self._coverage(rows)}'
         )
 
@@ -300,7 +306,7 @@ class _Page:
         cells = [[escape(kind), *(self._kept(found.get((name, kind))) for name in names)] for kind in kinds]
         return (
             '<p class="soft">Short held-out questions with direct answers, answered greedily; '
-            f"in brackets the paired difference from the base, in points.</p>"
+            f"in brackets the paired difference from the base with its {self.confidence} interval, in points.</p>"
             f'<div class="panel">{self.look.key(names)}{chart}'
             f"{ui.details('Table: retention', ui.table(head, cells))}</div>"
         )
@@ -308,7 +314,10 @@ class _Page:
     def _kept(self, row: dict | None) -> str:
         if row is None:
             return ""
-        change = f" ({100 * row['difference']:+.1f})" if "difference" in row else ""
+        change = ""
+        if "difference" in row:
+            ends = {"ci_low": row["difference_low"], "ci_high": row["difference_high"]}
+            change = f" ({100 * row['difference']:+.1f} {ui.span(ends, '+.1f')})"
         return f"{100 * row['accuracy']:.1f}% <small>{ui.span(row)}{change}</small>"
 
     def rejected(self) -> str:
@@ -359,6 +368,10 @@ class _Page:
         ]
         note = (
             f"at {ledger['price_per_device_hour']:g} a device-hour" if priced else "no price per device-hour was given"
+        )
+        note += (
+            ". Finished work of the stages that were done when this page was made; loading of models, agreement, and "
+            "work that a kill threw away are not counted. Distributions are captured in the time of the traces."
         )
         return f'<div class="panel">{ui.table(head, rows, total=True)}</div><p class="foot">{note}</p>'
 

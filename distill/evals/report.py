@@ -37,14 +37,14 @@ def write_report(run_dir: Path | str, config: dict | None = None) -> dict:
     config: the resolved config; kept beside the report, and read from there when it is not given.
     """
     run_dir = Path(run_dir)
-    if config is not None:
-        write_settings(run_dir, config)
-    data = read_run(run_dir)
-    report = build_report(data)
     folder = run_dir / STAGES["eval"]
-    files.write_json(folder / "report.json", report)
-    with files.disk_errors(folder), files.replacing(folder / "report.html") as temporary:
-        temporary.write_text(render_page(report), encoding="utf-8")
+    with files.disk_errors(folder):
+        if config is not None:
+            write_settings(run_dir, config)
+        report = build_report(read_run(run_dir))
+        files.write_json(folder / "report.json", report)
+        with files.replacing(folder / "report.html") as temporary:
+            temporary.write_text(render_page(report), encoding="utf-8")
     return report
 
 
@@ -86,7 +86,7 @@ def build_report(data: RunData) -> dict:
 def _model(result: EvalResult, confidence: float, edges: np.ndarray) -> dict:
     candidate, accuracy = result.candidate, stats.pass_at_1(result.correctness_PK, confidence)
     fewest = int((~np.isnan(result.correctness_PK)).sum(axis=1).min())
-    powers = [2**i for i in range(1, fewest.bit_length())] if fewest else []
+    counts = sorted({2**i for i in range(1, fewest.bit_length())} | ({fewest} if fewest > 1 else set()))
     majority = stats.maj_at_k(result.answers, result.correctness_PK, confidence)
     verdicts = Counter(result.verdict_PK.ravel().tolist())
     return {
@@ -103,7 +103,7 @@ def _model(result: EvalResult, confidence: float, edges: np.ndarray) -> dict:
         "samples_per_problem": result.verdict_PK.shape[1],
         "grader_errors": result.grader_errors,
         "verdicts": dict(verdicts),
-        "pass_at_k": [{"k": k, **_row(stats.pass_at_k(result.correctness_PK, k, confidence))} for k in powers],
+        "pass_at_k": [{"k": k, **_row(stats.pass_at_k(result.correctness_PK, k, confidence))} for k in counts],
         "maj_at_k": {"k": result.verdict_PK.shape[1], **_row(majority)},
         "by_family": _by(result, [p.family for p in result.prompts], "family", confidence),
         "by_level": _by(result, [p.level for p in result.prompts], "level", confidence),
@@ -197,9 +197,11 @@ def _thinned(rows: list[dict]) -> list[dict]:
     thinned = []
     for start in range(0, len(rows), size):
         group = rows[start : start + size]
-        numeric = [key for key in group[-1] if all(isinstance(row.get(key), int | float) for row in group)]
-        mean = {key: sum(row[key] for row in group) / len(group) for key in numeric if key != "step"}
-        thinned.append({"step": group[-1]["step"], **mean})
+        values: dict[str, list[float]] = {}  # of the rows that have them: held-out traces are evaluated now and then
+        for row in group:
+            for key in (key for key in row if key != "step" and isinstance(row[key], int | float)):
+                values.setdefault(key, []).append(row[key])
+        thinned.append({"step": group[-1]["step"], **{key: sum(v) / len(v) for key, v in values.items()}})
     return thinned
 
 

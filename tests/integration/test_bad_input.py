@@ -125,6 +125,17 @@ def third_tokenizer(scene: Scene) -> None:
     scene.config["students"] = [scene.config["students"][1] | {"path": str(TINY / "student-qwen")}]
 
 
+def tokenizer_without_bytes(scene: Scene) -> None:
+    """Of a student that learns from text alone; the evaluation would meet it behind all the work."""
+    copy_run(scene.reference().folder, scene.run_dir, "2-traces")
+    folder = scene.scratch / "no-bytes"
+    shutil.copytree(TINY / "student-qwen", folder)
+    state = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(state | {"decoder": {"type": "Fuse"}}))
+    scene.config["students"][0]["path"] = str(folder)
+    scene.arguments = ["--stages", "traces"]
+
+
 def run_dir_below_a_file(scene: Scene) -> None:
     scene.config["run"]["dir"] = scene.write("file", "not a folder") + "/runs"
 
@@ -243,6 +254,7 @@ CASES: dict[str, tuple[Callable[[Scene], None], list[str]]] = {
         third_tokenizer,
         ["teacher.path", "student-llama", "sampled with tokenizer", "--restart traces"],
     ),
+    "tokenizer without bytes": (tokenizer_without_bytes, ["no-bytes", "neither byte-level", "Qwen, Llama-3"]),
     "run dir below a file": (run_dir_below_a_file, ["file/runs", "Not a directory", "run.dir"]),
     "another launch": (another_launch, ["another launch", f"pid {os.getpid()}", "run.name"]),
     "made by another config": (

@@ -1,5 +1,6 @@
 """Laws of check_machine: all that a machine lacks is told at once, before anything is loaded or fetched."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from safetensors.numpy import save_file
 
 from distill.config import check_machine, load_config
 from distill.config_check import is_hub_id, is_loopback
-from distill.errors import CapacityError, ModelError, ServiceError
+from distill.errors import CapacityError, ConfigError, ModelError, ServiceError
 
 VALID = """
 run: {name: t}
@@ -140,3 +141,39 @@ def test_optimizers_offload_and_adapters_ask_for_what_they_need(machine, monkeyp
         check("train.offload=cpu", "hardware.device=cuda")
     assert "there is no g++" in str(error.value) and "there is no ninja" in str(error.value)
     assert check("train.offload=cpu") is None  # on a CPU nothing is compiled
+
+
+def test_a_model_with_fewer_positions_than_a_completion_is_told_before_any_work(machine, tmp_path):
+    folder, check = machine
+    asked = ["eval.max_new_tokens=300", "teacher.sampling.max_new_tokens=200"]
+    (folder / "config.json").write_text('{"model_type": "qwen3", "max_position_embeddings": 301}')
+    check(*asked)
+    small = shutil.copytree(folder, tmp_path / "small")
+    (small / "config.json").write_text('{"model_type": "qwen3", "max_position_embeddings": 300}')
+    said = rf"eval\.max_new_tokens is 300, but students\.1\.path is {small}, which has 300 positions.*max_position"
+    with pytest.raises(ConfigError, match=said):
+        check(*asked, f"students.1.path={small}")
+    with pytest.raises(ConfigError, match=r"teacher\.sampling\.max_new_tokens is 300, but teacher\.path"):
+        check("eval.max_new_tokens=200", "teacher.sampling.max_new_tokens=300", f"teacher.path={small}")
+    check("eval.max_new_tokens=200", "teacher.url=http://127.0.0.1:1", f"teacher.path={small}")
+
+
+def test_positions_of_a_model_in_the_hub_cache_are_known_too(machine, monkeypatch, tmp_path):
+    hub = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    monkeypatch.setenv("HF_HUB_CACHE", str(hub))
+    snapshot = hub / "models--org--short" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (hub / "models--org--short" / "refs").mkdir()
+    (hub / "models--org--short" / "refs" / "main").write_text("0" * 40)
+    (snapshot / "config.json").write_text('{"max_position_embeddings": 4096}')
+    with pytest.raises(ConfigError, match="org/short, which has 4096 positions"):
+        machine[1]("students.0.path=org/short", "eval.max_new_tokens=32768")
+
+
+def test_a_checkpoint_that_may_not_be_read_is_a_model_error(machine):
+    folder, check = machine
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to("/proc/self/mem")  # an I/O error for everybody
+    with pytest.raises(ModelError, match=r"teacher\.path is .*, which cannot be loaded: .*Input/output error"):
+        check()

@@ -205,6 +205,11 @@ def test_8_bit_moments_and_no_masters_leave_six_bytes_a_weight_by_hand():
     assert bytes_a_weight(QWEN_32B, master_weights="none")["optimizer"] == pytest.approx(8)
 
 
+def test_the_average_of_weights_lies_where_the_optimizers_state_does():
+    found = [bytes_a_weight(QWEN_32B, offload=offload, ema_decay=0.99) for offload in ("none", "cpu", "nvme")]
+    assert [each["average"] for each in found] == [4, 0, 0] and [each["optimizer"] > 0 for each in found] == [1, 0, 0]
+
+
 def test_an_adapter_counted_by_hand_and_against_transformers():
     """Rank 3 on q_proj (8 to 8) and down_proj (16 to 8) of 3 layers: 3 * 3 * (16 + 24) = 360 weights of 16 bytes."""
     g = dense("llama", 8, 3, 2, 1, 16, 10)
@@ -375,6 +380,13 @@ def test_kept_traces_are_capped_and_stages_follow_the_settings(tmp_path):
     assert rows_of(plan(config_of(tmp_path, "traces.max_per_prompt=9")))["train", "s"].tokens == 4000 * 450 * 2
     no_capture = plan(config_of(tmp_path, "teacher.capture=null", "publish.student=null"))
     assert set(no_capture.disk) == {"2-traces", "4-student"}
+
+
+def test_the_disk_has_room_for_the_checkpoint_that_is_written_beside_those_that_are_kept(tmp_path):
+    count = parameters(QWEN_32B).total
+    for changes, kept in (["train.keep_checkpoints=2"], 3), (["train.keep_checkpoints=1", "train.keep_best=true"], 3):
+        disk = plan(config_of(tmp_path, "train.dtype=bfloat16", *changes)).disk["4-student"]
+        assert disk == kept * 14 * count + 2 * count  # weights in 2 bytes, masters and two moments in 4 each
 
 
 def test_a_student_that_does_not_fit_is_named_with_what_to_change_and_the_advice_is_true(tmp_path):

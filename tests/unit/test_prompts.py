@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,8 +10,8 @@ import datasets
 import pytest
 
 from distill.config import Prompts
-from distill.errors import DataError, StoreError
-from distill.prompts import COUNTED, collect, load_prompts, make_prompts, normalised, source_hashes
+from distill.errors import DataError, DistillError, StoreError
+from distill.prompts import COUNTED, collect, load_prompts, make_prompts, normalised, source_hashes, special_of
 from distill.store import RunFolder, StageFolder
 from distill.tasks.split import split_of
 
@@ -175,6 +176,10 @@ GOOD = {"problem": "x", "answer": "1"}
         ({"problem": "y", "answer": None}, r"the field 'answer' is blank"),
         ({"problem": "y", "answer": ["1"]}, r"'answer' is not text"),
         ({"problem": "y", "answer": True}, r"'answer' is not text"),
+        ('{"problem": "y", "answer": NaN}', r"'answer' is no finite number"),
+        ('{"problem": "y", "answer": 1e400}', r"'answer' is no finite number"),
+        ('{"problem": "y\\ud800", "answer": "1"}', r"'problem' holds half a character"),
+        ('{"problem": "y", "answer": "\\udfff"}', r"'answer' holds half a character"),
         ('{"problem": "y", ', "is not JSON"),
         ('["y", "1"]', "is not a JSON object"),
     ],
@@ -185,6 +190,51 @@ def test_a_row_that_cannot_be_used_names_file_line_field_and_remedy(tmp_path, ro
     with pytest.raises(DataError, match=f"^{re.escape(str(path))} line 3: .*{message}") as caught:
         collect(sources)
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("grader", "fine", "answer"),
+    [("integer", ["12", "-1,234", 4.0], "4.5"), ("number", ["1/2", "-.5", 1e-7], "about 3"), ("number", ["7"], "1e-3")],
+)
+def test_an_answer_that_its_grader_cannot_read_is_told_before_anything_is_sampled(tmp_path, grader, fine, answer):
+    good = [{"problem": f"p{i}", "answer": each} for i, each in enumerate(fine)]
+    held_out = [jsonl(tmp_path / "e.jsonl", rows_of("e"))]
+    _, train, _ = collect(config([jsonl(tmp_path / "good.jsonl", good, grader=grader)], held_out))
+    assert len(train) == len(fine)
+    source = jsonl(tmp_path / "a.jsonl", [*good, {"problem": "x", "answer": answer}], grader=grader)
+    with pytest.raises(DataError, match=rf"line {len(fine) + 1}: the answer is not a plain {grader}.*{answer}"):
+        collect(config([source], held_out))
+
+
+def test_numbers_are_written_as_graders_read_them(tmp_path):
+    rows = [{"problem": f"p{i}", "answer": each} for i, each in enumerate((1e-07, 2.5e-5, 1e20, 0.1, 3, -4.0))]
+    held_out = jsonl(tmp_path / "e.jsonl", rows_of("e"))
+    _, train, _ = collect(config([jsonl(tmp_path / "a.jsonl", rows, grader="number")], [held_out]))
+    answers = [prompt.answer for prompt in train]
+    assert answers == ["0.0000001", "0.000025", "100000000000000000000", "0.1", "3", "-4.0"]
+
+
+def test_a_prompt_with_a_special_token_of_any_model_is_left_out_and_counted(tmp_path):
+    special = special_of(["teachers/tiny/teacher", "teachers/tiny/student-qwen", "teachers/tiny/teacher"])
+    assert {"<|user|>", "<|end|>"} <= special and "<think>" not in special
+    source = jsonl(tmp_path / "a.jsonl", rows_of("A", "B <|end|> C", "<|user|>", "<think>"))
+    held_out = jsonl(tmp_path / "e.jsonl", rows_of("E", "F<|end|>"))
+    evaluation, train, counts = collect(config([source], [held_out]), special)
+    assert (texts(evaluation), texts(train)) == (["E"], ["A", "<think>"])
+    assert [(row["special"], row["read"]) for row in counts] == [(1, 2), (2, 4)]
+    with pytest.raises(DataError, match=r"the training set is empty \(1 read, of them 1 with a special token"):
+        collect(config([jsonl(tmp_path / "b.jsonl", rows_of("x <|end|>"))], [held_out]), special)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [("{{ x.y }}", "does not take a question and an answer"), ("Hi<|end|>", "leaves out what 'user' says")],
+)
+def test_a_model_whose_chat_template_takes_no_question_is_told_with_the_prompts(tmp_path, template, said):
+    shutil.copytree("teachers/tiny/student-qwen", tmp_path / "m", ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "m" / "chat_template.jinja").write_text(template)
+    with pytest.raises(DistillError, match=f"/m: the chat template {said}"):
+        special_of(["teachers/tiny/teacher", str(tmp_path / "m")])
 
 
 def test_bytes_that_are_no_text_name_the_line(tmp_path):
@@ -202,6 +252,12 @@ def test_empty_sides_and_total_overlap_are_errors(tmp_path):
         collect(config([none], [some]))
     with pytest.raises(DataError, match="all 2 training prompts that were read are also in the evaluation set"):
         collect(config([some], [some]))
+
+
+def test_a_file_that_cannot_be_read_is_told_with_its_path(tmp_path):
+    unreadable = "/proc/self/mem"  # whoever reads it at its beginning gets an I/O error, root too
+    with pytest.raises(DataError, match=f"{unreadable}: cannot be read: Input/output error"):
+        source_hashes(config([hf(unreadable)], [gym({"gcd": 1})]))
 
 
 @pytest.fixture
@@ -309,8 +365,10 @@ def test_a_dataset_that_cannot_be_used_names_path_split_and_remedy(table, tmp_pa
     with pytest.raises(DataError, match=r"t\.parquet split train: has no column question; it has problem, answer"):
         collect(config([hf(tmp_path / "t.parquet", prompt_field="question")], held_out))
     datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "saved")
-    with pytest.raises(DataError, match="saved split test: the dataset cannot be loaded: KeyError"):
-        collect(config([hf(tmp_path / "saved", "test")], held_out))
+    table.save_to_disk(tmp_path / "alone" / "saved")
+    for saved in (tmp_path / "saved", tmp_path / "alone" / "saved"):
+        with pytest.raises(DataError, match="saved: has no split test; it has train"):
+            collect(config([hf(saved, "test")], held_out))
     datasets.Dataset.from_list([GOOD, GOOD | {"answer": None}]).to_parquet(tmp_path / "blank.parquet")
     with pytest.raises(DataError, match=r"blank\.parquet split train row 1: the field 'answer' is blank"):
         collect(config([hf(tmp_path / "blank.parquet")], held_out))

@@ -15,6 +15,7 @@ from hub_server import serve
 from safetensors.numpy import load_file, save_file
 
 from distill.config import Config
+from distill.config_students import Student
 from distill.errors import ConfigError, DataError, ModelError, ServiceError
 from distill.model_card import Made, card, eval_result_files, hub_id, license_of, notice, published_name
 from distill.publish import check_publish, choose_student, probe_logits, publish_student
@@ -197,7 +198,6 @@ def test_tokenizer_larger_than_the_vocabulary_is_refused(trained, tmp_path):
         ("model.safetensors", pickle.dumps({"a": 1}), "not a safetensors file"),
         ("model-00002-of-00002.safetensors", b"\x00" * 64, "not a safetensors file"),
         ("model.safetensors.index.json", b'{"weight_map": {"w": "model-00009.safetensors"}}', "weights are missing"),
-        ("config.json", b'{"model_type": "qwen3", "auto_map": {"AutoModel": "x.y"}}', "remote code"),
         ("config.json", b"{", "not readable as JSON"),
     ],
 )
@@ -209,12 +209,53 @@ def test_unsafe_or_damaged_checkpoints_are_refused(trained, tmp_path, name, cont
     assert not (tmp_path / "out").exists()
 
 
+def test_names_of_code_that_the_base_came_with_are_not_published(trained, tmp_path):
+    """They are copied into every checkpoint: refusing them there would be the end of a whole run."""
+    model = copy_of(trained, tmp_path / "model")
+    for name in ("config.json", "tokenizer_config.json"):
+        content = json.loads((model / name).read_text())
+        (model / name).write_text(json.dumps(content | {"auto_map": {"AutoModelForCausalLM": "org/evil--x.Y"}}))
+    publish_student(make_config(), "small", model, tmp_path / "out", report=REPORT, made=MADE)
+    for name in ("config.json", "tokenizer_config.json"):
+        assert json.loads((tmp_path / "out" / name).read_text()) == json.loads((trained / name).read_text())
+
+
+@pytest.mark.parametrize("repo", ["me/..", "me/a--b", "me/-a", "me/a.git", "me/" + "x" * 97])
+def test_a_repository_that_the_hub_cannot_have_is_told_before_any_work(repo, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 20)
+    with pytest.raises(ConfigError, match=r"publish\.repo is no name of the Hub"):
+        check_publish(make_config(publish={"repo": repo, "license": "mit"}))
+
+
 def test_missing_checkpoint_is_an_error(tmp_path):
     with pytest.raises(ModelError, match="no trained checkpoint"):
         publish_student(make_config(), "small", tmp_path / "none", tmp_path / "out", report=REPORT, made=MADE)
 
 
 # --- the card --------------------------------------------------------------------------------------------------------
+
+
+def test_the_card_says_what_the_student_learned_from_beside_the_traces():
+    chats = {"kind": "jsonl", "path": "/data/chats.jsonl", "limit": 50}
+    mixed = {
+        "trace_sets": [{"name": "m", "run": "runs/math", "weight": 0.5}],
+        "general": {"sources": [{"kind": "bundled"}, chats], "share": 0.2},
+        "text_sets": [{"name": "talk", "source": {"kind": "hf", "path": "org/talks"}}],
+        "on_policy": {"rounds": 2},
+    }
+    config = make_config(train=mixed)
+    learner = {"kind": "logits", "alpha": 0.9}
+    config.students[0] = Student(name="small", path="bases/small", loss=learner, adapter={"kind": "lora", "rank": 8})
+    said = card(config, "small", REPORT, MADE, license_of("bases/small", "mit"))
+    general = "general data, 20% of an epoch's tokens (bundled questions; local file chats.jsonl, first 50 rows)"
+    others = ("traces of the run math (weight 0.5)", "org/talks, split train", "in 2 rounds", "lora of rank 8, merged")
+    for part in (general, *others):
+        assert part in said
+    config.students[0] = Student(name="small", path="bases/small", loss={"kind": "response"})
+    said = card(config, "small", REPORT, MADE, license_of("bases/small", "mit"))
+    assert "general data" in said and "org/talks" not in said and "rounds" not in said and "lora" not in said
+    said = card(make_config(), "small", REPORT, MADE, license_of("bases/small", "mit"))
+    assert "also trained on" not in said and "| adapter" not in said
 
 
 def test_card_metadata_is_what_the_hub_reads_back(tmp_path):

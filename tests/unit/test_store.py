@@ -174,6 +174,13 @@ def test_a_folder_of_another_config_names_each_differing_key_both_values_and_the
     assert "--restart traces" in message and "logits, train, eval, publish" in message and "run.name" in message
 
 
+def test_another_config_of_one_student_need_not_cost_the_others(run):
+    put(run.stage("train", "small").open({"alpha": 0.5}, {}), "a.bin", b"x")
+    with pytest.raises(StoreError, match=r"Delete .*4-student/small and pass --restart eval: .* alone") as caught:
+        run.stage("train", "small").open({"alpha": 0.9}, {})
+    assert "--restart train: it deletes every student, eval and publish" in str(caught.value)
+
+
 def test_texts_of_which_the_file_changed_cost_no_trace(run):
     put(run.stage("logits", "people").open({}, {"people.jsonl": "aa"}), "people-00000.cache", b"x")
     with pytest.raises(StoreError, match=r"people\.jsonl is .*Delete .*3-logits/people and run again") as caught:

@@ -132,6 +132,25 @@ def test_prompt_always_ends_where_thinking_starts_whatever_the_template():
         assert raw_bytes(tok, render_prompt(tok, "hi")) == b"[hi]<think>\n"
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if %}",
+        "{{ raise_exception('no') }}",
+        "{{ nothing.of.it }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    ],
+)
+def test_a_template_that_cannot_be_rendered_is_an_error_that_names_the_model(template):
+    with pytest.raises(ModelError, match="the chat template does not take a question and an answer"):
+        end_id(byte_tokenizer(template, chat=["<eot>"], eos="<eot>"))
+
+
+def test_a_template_that_leaves_out_the_question_is_refused():
+    with pytest.raises(DataError, match="the chat template leaves out what 'user' says"):
+        render_prompt(byte_tokenizer("Hello!{% if false %}{{ messages[0].content }}{% endif %}"), "What is 1 + 1?")
+
+
 def test_stop_ids_hold_the_end_of_turn_and_the_end_of_sequence(tmp_path):
     """Base Qwen checkpoints name <|endoftext|> as eos while the chat ends turns with <|im_end|>: both must stop."""
     byte_tokenizer(chat=("<|endoftext|>", "<|im_start|>", "<|im_end|>"), eos="<|endoftext|>").save_pretrained(tmp_path)

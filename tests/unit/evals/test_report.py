@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -213,6 +214,17 @@ def test_the_same_report_comes_from_the_files_alone(run_dir, report):
     assert "gap recovered" in done.stdout and str(eval_dir / "report.html") in done.stdout
 
 
+def test_a_folder_that_cannot_be_written_is_an_error_with_a_remedy(run_dir):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(StoreError, match=r"5-eval: cannot be written: File too large.*run\.dir"):
+            write_report(run_dir, CONFIG)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    write_report(run_dir, CONFIG)
+
+
 def test_secrets_of_the_config_are_in_no_file(run_dir, report):
     for path in (run_dir / "5-eval").glob("*.*ml"):
         assert "abcdef" not in path.read_text()
@@ -310,6 +322,9 @@ def test_long_logs_are_averaged_not_sampled():
     assert {row["loss"] for row in thinned} == {0.5} and "note" not in thinned[0]
     assert reports._thinned(rows[:5]) == [{"step": r["step"], "loss": r["loss"]} for r in rows[:5]]
     assert reports._thinned([]) == []
+    evaluated = [row | ({"eval_loss": row["step"]} if row["step"] % 100 == 0 else {}) for row in rows]
+    kept = [row["eval_loss"] for row in reports._thinned(evaluated) if "eval_loss" in row]
+    assert kept == list(range(100, 1201, 100))  # none is lost among the steps without one
 
 
 # Retention
@@ -409,6 +424,30 @@ def test_names_and_reasons_from_outside_are_escaped_too(run_dir):
     assert not {"i", "u", "b", "marquee"} & set(checker.tags) - {"i"}
     assert not any(name == "onclick" for name, _ in checker.attributes)
     assert any("lo<i>gits" in text for text in checker.text)
+
+
+def test_control_characters_of_a_model_are_shown_and_leave_the_page_a_text(report):
+    written = json.loads(json.dumps(report))
+    written["examples"][0]["samples"][0]["text"] = "a\x00b\x1b[31mc\x07\x7f\td\ne"
+    page = render_page(written)
+    assert "a␀b␛[31mc␇␡\td\ne" in page
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", page)
+
+
+def test_every_share_of_the_results_and_every_change_has_its_interval(report):
+    page = render_page(report)
+    row = page.split('<section id="results">')[1].split("<tr>")[4]  # the first student below head, teacher and base
+    student = next(model for model in report["models"] if model["role"] == "student")
+    assert f"{100 * student['pass_at_1']:.1f}%" in row and row.count("<small>[") == 4  # pass@1, pass@k, maj@k, gap
+    changed = next(each for each in report["retention"] if each["model"] == student["name"] and each["difference"])
+    low, high = 100 * changed["difference_low"], 100 * changed["difference_high"]
+    assert f"({100 * changed['difference']:+.1f} [{low:+.1f}, {high:+.1f}])" in page
+
+
+def test_what_a_column_counts_is_said(report):
+    text = " ".join(parsed(render_page(report)).text)
+    for said in ("pass@k: one of k", "maj@k: the most", "Truncated: the token", "Measured: the share", "temperature 1"):
+        assert said in text
 
 
 def test_every_section_has_its_numbers_in_a_table_too(report):

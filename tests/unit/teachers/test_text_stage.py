@@ -129,6 +129,12 @@ def test_general_data_that_cannot_be_learned_is_told_before_the_traces(tmp_path)
     path.write_text(path.read_text() + '{"messages": 3}\n')
     with pytest.raises(DataError, match="line 2: the field 'messages' is neither text nor a conversation"):
         check_texts(config, run)
+    asked = [{"role": "system", "content": "Be brief."}, *PEOPLE[0]]  # the bundled students know no system
+    path.write_text(json.dumps({"messages": asked}) + "\n")
+    with pytest.raises(DataError, match=r"none of 1 rows can be asked of teachers/tiny/student-qwen; .*not system"):
+        check_texts(config, run)
+    both = json.dumps({"sources": [source, {"kind": "bundled"}]})
+    check_texts(load_config("configs/demo.yaml", [f"train.general={both}"]), run)  # the others are enough
     run.stage("traces").open({}, {}).finish({})
     check_texts(config, run)  # the training reads it next, and says the same
     run.release()
