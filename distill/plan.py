@@ -40,8 +40,9 @@ LENGTHS_ASSUMED = (
     f"a completion takes {MEAN_SHARE:.0%} of its token budget on average, a prompt {PROMPT_TOKENS} tokens "
     "(not measured)",
     "every sampled trace is kept and trained on: verification only makes training shorter",
-    f"a token takes {TRACE_BYTES} bytes in a trace, a stored position {POSITION_BYTES} bytes and {ENTRY_BYTES} for "
-    "each of at most k_max entries; a checkpoint is what is trained and its optimizer's state",
+    f"a token takes {TRACE_BYTES} bytes in a trace, and as many while a student trains on it; a stored position "
+    f"{POSITION_BYTES} bytes and {ENTRY_BYTES} for each of at most k_max entries; a checkpoint is what is "
+    "trained and its optimizer's state",
     "loading of models, grading and the tail of a stage, when few sequences are left, are not counted",
     "routed experts that are stored in FP8 stay in it on H100, H200, L40S and B200, and are widened as they are loaded "
     "on A100; products are computed in bfloat16",
@@ -343,7 +344,7 @@ class _Planner:
             disk["3-logits"] = tokens * (
                 POSITION_BYTES + ENTRY_BYTES * (teacher.capture.k_max + teacher.capture.tail_draws)
             )
-        disk["4-student"] = checkpoints + trainings * sum(counts) * element_bytes(train.dtype)
+        disk["4-student"] = checkpoints + trainings * sum(counts) * element_bytes(train.dtype) + tokens * TRACE_BYTES
         if self.config.publish.student is not None:
             disk["6-publish"] = float(max(counts) * element_bytes(train.dtype))
         return disk

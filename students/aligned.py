@@ -4,7 +4,7 @@ The student's completion is its own encoding of the bytes of the teacher's ids a
 turned into targets when a micro-batch is made: faster than a student trains, and nothing has to be stored.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from threading import Lock
 
 import numpy as np
@@ -22,8 +22,16 @@ from distill.records import CaptureSpec, TokenDists
 from distill.tokens import fingerprint, load_tokenizer
 
 
+@dataclass(frozen=True)
+class Learned:
+    """What texts teach: counts, and coverage as in AlignedSignal. Of several texts they add up."""
+
+    counts: TextCounts
+    coverage: np.ndarray
+
+
 class AlignedSignal:
-    """Reads traces first (`completions`), learns from all of them (`finish`), then makes targets.
+    """Reads traces first (`completions`, or `cut` and `add`), learns from all of them (`finish`), then makes targets.
 
     coverage: int64 [kinds, classes], positions by kind and by kind of text (align_report).
     """
@@ -44,12 +52,20 @@ class AlignedSignal:
         self._one_at_a_time = Lock()  # the aligner remembers pairs, and encoding changes its tokenizer's settings
 
     def completions(self, traces: list[list[int]]) -> list[list[int]]:
-        """The student's ids of these completions, given in the teacher's."""
+        """The student's ids of these completions, given in the teacher's; what they teach is added."""
+        completions, learned = self.cut(traces)
+        self.add(learned)
+        return completions
+
+    def cut(self, traces: list[list[int]]) -> tuple[list[list[int]], Learned]:
+        """(the student's ids of these completions, what `add` takes of them)."""
         alignment = self.aligner.align(traces)
-        counts, coverage = self.aligner.count(alignment), self.aligner.coverage(alignment)
-        self._counts = counts if self._counts is None else self._counts + counts
-        self.coverage = coverage if self.coverage is None else self.coverage + coverage
-        return [alignment.trace(i).tolist() for i in range(len(traces))]
+        learned = Learned(self.aligner.count(alignment), self.aligner.coverage(alignment))
+        return [alignment.trace(i).tolist() for i in range(len(traces))], learned
+
+    def add(self, learned: Learned) -> None:
+        self._counts = learned.counts if self._counts is None else self._counts + learned.counts
+        self.coverage = learned.coverage if self.coverage is None else self.coverage + learned.coverage
 
     def finish(self, drawn: "AlignedSignal | None" = None) -> dict[str, int]:
         """Positions by kind; no trace is read after this. drawn: for texts that the teacher did not draw, what its own

@@ -8,7 +8,7 @@ Shape legend: N input tokens of a micro-batch, M of them trained.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,19 +16,18 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from distill.dist import Ranks
 from distill.errors import DataError
 from distill.logit_cache import CacheReader, to_sparse_targets
 from distill.losses.buckets import BucketedTargets
 from distill.losses.reduce import IGNORE_INDEX
 from distill.losses.sparse import SparseTargets
-from distill.records import CaptureSpec, Prompt, SamplingParams, TokenDists, Trace
+from distill.records import CaptureSpec, Prompt, SamplingParams, TokenDists
 from distill.sampling_law import check_law, sampling_law
 from distill.store import StageFolder
-from distill.tokens import PREFILL, encode_completion, end_id, fingerprint, render_prompt
-from distill.traceset import read_traces
+from distill.tokens import fingerprint
 from students.aligned import AlignedSignal
-
-HALF = "\ufffd"  # what a text has in place of bytes that are no character
+from students.stored import TokenStore, TraceReader
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,10 @@ class Example:
     """
 
     key: str
-    prompt_ids: list[int]
-    completion_ids: list[int]
+    prompt_ids: Sequence[int]
+    completion_ids: Sequence[int]
     shard: str
-    sampled_ids: list[int]
+    sampled_ids: Sequence[int]
     window: tuple[int, int] | None = None
 
     @property
@@ -250,6 +249,9 @@ def load_traces(
     too_long: str = "drop",
     target: str = "teacher",
     leave_out: Callable[[Prompt], bool] | None = None,
+    keep_in: Path | None = None,
+    made_with: str = "",
+    ranks: Ranks | None = None,
 ) -> TraceData:
     """The kept traces of a stage in the student's tokens; with `logits`, each with its teacher distributions.
 
@@ -257,7 +259,8 @@ def load_traces(
     another tokenizer's ids are tokenised again and counted (retokenised): from their text, without those whose text
     stands for no bytes (not_utf8), or, with `logits` and teacher_path, from the bytes of the teacher's ids, so that
     what is known of every position can be told (counts positions_KIND). leave_out: says of which prompts no trace is
-    taken; they are counted (overlapping).
+    taken; they are counted (overlapping). keep_in: the folder that tokens are kept in from launch to launch; all
+    `ranks` then call this, and share the work. made_with: what leave_out hangs on.
     Errors: DataError when nothing is left, a trace has no distributions, or a tokenizer does not fit.
     """
     own, theirs = fingerprint(tokenizer), _fingerprint_of(traces)
@@ -266,16 +269,16 @@ def load_traces(
         if teacher_path is None:
             raise _other_tokenizer(traces.path, theirs, own)
         aligned = AlignedSignal(teacher_path, tokenizer, theirs)
+    reader = TraceReader(traces, tokenizer if own != theirs else None, aligned, leave_out)
+    store = keep_in and TokenStore(keep_in, f"{own}/{theirs}/{'text' if aligned is None else 'bytes'}/{made_with}")
     examples, counts = [], Counter(traces=0, kept=0, retokenised=0, too_long=0)
-    for shard, part in _iter_shards(traces):
-        kept = [trace for trace in part if trace.keep]
-        if leave_out is not None:
-            counts["overlapping"] += len(kept) - len(kept := [trace for trace in kept if not leave_out(trace.prompt)])
-        if own != theirs and aligned is None:
-            counts["not_utf8"] += len(kept) - len(kept := [trace for trace in kept if HALF not in trace.text])
-        counts.update(traces=len(part), kept=len(kept), retokenised=len(kept) * (own != theirs))
-        found = _examples(kept, shard, tokenizer if own != theirs else None, aligned)
-        examples += fit(found, max_seq_tokens, too_long, counts)
+    for shard, found in reader.shards(store, ranks):
+        counts.update(found.counts)
+        if aligned is not None:
+            aligned.add(found.learned)
+        columns = zip(found.keys, found.prompts, found.completions, found.sampled)
+        of_shard = [Example(key, prompt, own_ids, shard, sampled) for key, prompt, own_ids, sampled in columns]
+        examples += fit(of_shard, max_seq_tokens, too_long, counts)
     if not examples:
         raise DataError(
             f"no trace is left to train on: {counts['kept']} of {counts['traces']} were kept, "
@@ -303,42 +306,6 @@ def fit(examples: list[Example], max_seq_tokens: int, too_long: str, counts: Cou
         if too_long == "split":
             fitting += example.windows(max_seq_tokens)
     return fitting
-
-
-def _iter_shards(traces: StageFolder) -> Iterator[tuple[str, list[Trace]]]:
-    for shard in traces.shards():
-        if shard.name.endswith(".parquet"):
-            yield shard.name.removesuffix(".parquet"), read_traces(traces.check_shard(shard.name).path)
-
-
-def _examples(
-    kept: list[Trace], shard: str, tokenizer: PreTrainedTokenizerFast | None, aligned: AlignedSignal | None
-) -> list[Example]:
-    """With a tokenizer, in that tokenizer's ids."""
-    sampled = [list(trace.completion_ids) for trace in kept]
-    if aligned is not None:
-        completions = aligned.completions(sampled)
-    elif tokenizer is not None:
-        completions = [_encode(trace, tokenizer) for trace in kept]
-    else:
-        completions = sampled
-    examples = []
-    for trace, completion_ids, sampled_ids in zip(kept, completions, sampled):
-        prompt_ids = trace.prompt_ids if tokenizer is None else render_prompt(tokenizer, trace.prompt.text)
-        if not prompt_ids or not completion_ids:
-            raise DataError(
-                "the prompt or the completion is empty",
-                where=f"2-traces/{shard}.parquet trace {trace.sample_key}",
-                remedy="Delete the shard and run again: it is sampled again.",
-            )
-        examples.append(Example(trace.sample_key, prompt_ids, completion_ids, shard, sampled_ids))
-    return examples
-
-
-def _encode(trace: Trace, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """The trace's text in that tokenizer's ids; a completion that stopped gets its stop token."""
-    ids = encode_completion(tokenizer, trace.text.removeprefix(PREFILL))
-    return ids + ([end_id(tokenizer)] if trace.finish_reason == "stop" else [])
 
 
 def _drawn_with(traces: StageFolder) -> SamplingParams:

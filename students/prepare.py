@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from distill import files
 from distill.checkpoints import fingerprint_checkpoint
 from distill.config import Capture, Config, Student
 from distill.config_mixture import General, TextSet, TraceSet
@@ -19,7 +20,7 @@ from distill.logit_cache import CacheReader
 from distill.prompts import normalised
 from distill.records import CaptureSpec, Prompt
 from distill.store import RunFolder, StageFolder
-from students import general
+from students import general, stored
 from students.data import TraceData, load_traces
 from students.mixture import Mixture, Part, hold_out
 from students.model import load_student
@@ -110,7 +111,9 @@ class Preparation:
         traces: StageFolder,
         logits: StageFolder | None,
         teacher_path: str | None,
+        name: str = TRACES,
         leave_out: Callable[[Prompt], bool] | None = None,
+        left_out: str = "",
     ) -> TraceData:
         logits = logits if self.student.loss.kind == "logits" else None
         train = self.config.train
@@ -123,6 +126,9 @@ class Preparation:
             too_long=train.too_long,
             target=self.student.loss.target,
             leave_out=leave_out,
+            keep_in=self.stage.path / stored.FOLDER / name,
+            made_with=left_out,
+            ranks=self.ranks,
         )
 
     def _of_run(self, each: TraceSet, held_out: TraceData | None) -> TraceData:
@@ -136,7 +142,8 @@ class Preparation:
         def asked(prompt: Prompt) -> bool:
             return prompt.key in keys or normalised(prompt.text) in texts
 
-        return self._traces(traces, run.stage("logits"), teacher.get("path"), asked)
+        left_out = files.digest([sorted(texts), sorted(keys)])
+        return self._traces(traces, run.stage("logits"), teacher.get("path"), each.name, asked, left_out)
 
     def _texts(self, each: TextSet, read: StageFolder, traces: TraceData) -> TraceData:
         """What the teacher read of that set; without what the evaluation asks."""

@@ -6,6 +6,7 @@ that no step stands there twice.
 
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -29,7 +30,7 @@ from distill.records import Prompt
 from distill.store import StageFolder
 from distill.tokens import load_tokenizer
 from distill.tracking import Tracker
-from students import checkpoint, failures, metrics, replay
+from students import checkpoint, failures, metrics, replay, stored
 from students.adapters import attach
 from students.checkpoint import Checkpoints
 from students.data import Batch, TraceData
@@ -290,6 +291,7 @@ class StudentRun:
         with files.disk_errors(self.folder):
             files.write_json(self.folder / SUMMARY, summary)
         files.remove_stale(self.folder)
+        shutil.rmtree(self.folder / stored.FOLDER, ignore_errors=True)
         return summary
 
 
