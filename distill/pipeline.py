@@ -16,7 +16,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from distill import align_fit, dist, files, prompts, publish, traceset
+from distill import dist, files, prompts, publish, traceset
 from distill.checkpoints import fingerprint_checkpoint, resolve_checkpoint
 from distill.client import ServiceTeacher
 from distill.commit import commit
@@ -38,7 +38,7 @@ from distill.split import Split
 from distill.store import RunFolder, StageFolder
 from distill.tokens import fingerprint, load_tokenizer
 from distill.tracking import Tracker
-from students.model import load_student, train_dtype
+from students.model import check_students, load_student, train_dtype
 from students.prepare import run_of
 from students.rollout import Rollout
 from students.train import MODEL
@@ -110,7 +110,7 @@ class Pipeline:
         traces, logits = self._open("traces", inputs), self._open("logits", inputs)
         if self._skip(traces) and self._skip(logits, quiet=True):
             return
-        self.ranks.on_main(lambda: align_fit.check_tokenizers(self.config))
+        self.ranks.on_main(lambda: check_students(self.config))
         train = prompts.load_prompts(self.folder.stage("prompts"), "train")
         TracesStage(self.config, traces, logits, self.ranks, engine, self.split).run(train)
         record = self._service_record(engine)
@@ -344,10 +344,8 @@ class Pipeline:
         result = publish.publish_student(
             self.config, name, trained.path / MODEL, stage.path / name, report=report, made=made
         )
-        if not result["loaded_back"]:
-            print(f"{stage.title}: too large for this machine's memory, so it was not loaded back and compared")
-        if result["gguf"] and not result["gguf"]["checked"]:
-            print(f"{stage.title}: too large for this machine's memory, so llama.cpp was not run on the GGUF file")
+        for warning in publish.warnings(name, report, result):
+            print(f"{stage.title}: {warning}")
         stage.finish(
             {"student": name, "bytes": result["bytes"], "url": result["url"]}, wall_s=time.monotonic() - started_s
         )

@@ -83,6 +83,22 @@ def choose_student(config: Config, report: dict[str, Any]) -> str | None:
     return max(students, key=lambda row: row["pass_at_1"])["name"]
 
 
+def warnings(student: str, report: dict[str, Any], result: dict[str, Any]) -> list[str]:
+    """What whoever publishes this student should hear: no better than its base, or not checked. result: what
+    publish_student returned."""
+    found, scored = [], {row["name"]: row for row in report["models"] if row["pass_at_1"] is not None}
+    own = scored.get(student)
+    base = scored.get(own.get("base")) if own else None
+    if base is not None and own["pass_at_1"] <= base["pass_at_1"]:
+        its, has = (f"{row['pass_at_1']:.3f}" for row in (own, base))
+        found.append(f"{student} is published with a pass@1 of {its}; its base, {base['name']}, has {has}")
+    if not result["loaded_back"]:
+        found.append("too large for this machine's memory, so it was not loaded back and compared")
+    if result["gguf"] and not result["gguf"]["checked"]:
+        found.append("too large for this machine's memory, so llama.cpp was not run on the GGUF file")
+    return found
+
+
 def publish_student(
     config: Config,
     student: str,

@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from distill import align_fit
 from distill.checkpoints import check_checkpoint, resolve_checkpoint
+from distill.config import Config
 from distill.errors import ModelError
 from distill.tokens import load_tokenizer
 from students import attention
@@ -39,11 +42,27 @@ def load_student(
     return model.train(), tokenizer
 
 
+def check_students(config: Config) -> None:
+    """Returns if every student can be loaded, and take what this teacher says: asked before the hours that traces take.
+    A checkpoint that has to be fetched first is judged when it is trained. Errors: those of load_student and align_fit.
+    """
+    for student in config.students:
+        if Path(student.path).is_dir():
+            check_student(student.path)
+    align_fit.check_tokenizers(config)
+
+
 def check_student(path: str | Path) -> tuple[Path, PretrainedConfig, PreTrainedTokenizerFast]:
     """(folder, config, tokenizer) of a checkpoint that `load_student` can load; the errors are its."""
     folder = resolve_checkpoint(path)
-    check_checkpoint(folder)
-    config = AutoConfig.from_pretrained(folder, **SAFELY)
+    found = check_checkpoint(folder)
+    if found["model_type"] not in FAMILIES:
+        raise _no_student(found["model_type"], folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, **SAFELY)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        remedy = "Copy config.json again from where the model is published."
+        raise ModelError(f"the config is refused: {error}", where=f"{folder}/config.json", remedy=remedy) from error
     _check_architecture(config, folder)
     tokenizer = load_tokenizer(folder)
     check_vocabulary(config.vocab_size, tokenizer, folder)
@@ -61,14 +80,16 @@ def check_vocabulary(rows: int, tokenizer: PreTrainedTokenizerFast, path: str | 
         )
 
 
+def _no_student(model_type: str, path: str | Path) -> ModelError:
+    return ModelError(
+        "a student must be a dense language model of one of the families " + ", ".join(FAMILIES),
+        where=str(path),
+        value=model_type,
+        remedy="Set students.N.path to a Qwen2, Qwen2.5, Qwen3 or Llama checkpoint.",
+    )
+
+
 def _check_architecture(config, path: str | Path) -> None:
-    if config.model_type not in FAMILIES:
-        raise ModelError(
-            "a student must be a dense language model of one of the families " + ", ".join(FAMILIES),
-            where=str(path),
-            value=config.model_type,
-            remedy="Set students.N.path to a Qwen2, Qwen2.5, Qwen3 or Llama checkpoint.",
-        )
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     if layers != {"full_attention"}:
         raise ModelError(

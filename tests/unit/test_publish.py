@@ -18,7 +18,7 @@ from distill.config import Config
 from distill.config_students import Student
 from distill.errors import ConfigError, DataError, ModelError, ServiceError
 from distill.model_card import Made, card, eval_result_files, hub_id, license_of, notice, published_name
-from distill.publish import check_publish, choose_student, probe_logits, publish_student
+from distill.publish import check_publish, choose_student, probe_logits, publish_student, warnings
 from teachers.tiny.tokenizers import SPECS, build
 
 MADE = Made(
@@ -421,6 +421,21 @@ def test_best_is_the_student_with_the_highest_pass_at_1():
     assert choose_student(make_config(publish={"student": None}), REPORT) is None
     with pytest.raises(DataError, match="no scored student"):
         choose_student(make_config(), {"models": REPORT["models"][:2]})
+
+
+def test_a_student_no_better_than_its_base_is_not_published_without_a_word():
+    rows = [
+        ("b", "base", None, 0.5),
+        ("s", "student", "b", 0.5),
+        ("t", "student", "b", 0.6),
+        ("u", "student", "b", None),
+    ]
+    report = {"models": [{"name": n, "role": r, "base": b, "pass_at_1": p} for n, r, b, p in rows]}
+    checked = {"loaded_back": True, "gguf": None}
+    (told,) = warnings("s", report, checked)
+    assert "s is published with a pass@1 of 0.500" in told and "b, has 0.500" in told
+    assert [warnings(name, report, checked) for name in "tux"] == [[], [], []]
+    assert len(warnings("t", report, {"loaded_back": False, "gguf": {"checked": False}})) == 2
 
 
 def test_checks_before_any_work(monkeypatch, tmp_path):

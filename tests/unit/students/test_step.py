@@ -1,5 +1,7 @@
 """The loss of packed traces against the plain one: each trace alone through transformers, in float64."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -118,3 +120,28 @@ def test_checkpoints_that_are_no_student_are_refused(packed, tmp_path):
     Qwen3ForCausalLM(small).save_pretrained(folder)
     with pytest.raises(ModelError, match="the embedding has 200 rows but the tokenizer has ids up to 329"):
         load_student(folder)
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({"model_type": "wobble"}, "dense language model.*wobble"),
+        ({"hidden_size": "wide"}, "the config is refused: .*hidden_size"),
+        ({"rope_parameters": 5}, "the config is refused: .*rope_parameters"),
+    ],
+)
+def test_a_config_that_makes_no_student_is_told_before_there_are_traces(tmp_path, changed, what):
+    from types import SimpleNamespace
+
+    from students.model import check_students
+
+    folder = make_model(tmp_path / "other")
+    config = SimpleNamespace(
+        students=[SimpleNamespace(path=str(folder))], teacher=SimpleNamespace(path=str(folder), capture=None)
+    )
+    check_students(config)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    with pytest.raises(ModelError, match=what) as error:
+        check_students(config)
+    assert str(folder) in str(error.value) and error.value.remedy
