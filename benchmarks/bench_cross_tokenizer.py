@@ -261,7 +261,9 @@ def main() -> None:
         run_all(first, jobs, devices, args.folder)
     rows = rows_of(args.folder, args.seeds, args.students, args.methods)
     print_table(rows)
-    device = load(args.folder, args.students[0], "base", args.seeds)[0]["device"]
+    used = [each for s, method, seed in plan(args.seeds, args.students, args.methods)
+            for each in load(args.folder, s, method, [seed])]  # fmt: skip
+    device = " and ".join(sorted({each["device"] for each in used}))
     question = "Does a student with another tokenizer learn as much of a cached teacher as one with the teacher's own?"
     what = "cross_tokenizer" if args.epochs == EPOCHS else f"cross_tokenizer-{args.epochs}epochs"
     print(write(what, question, rows, device=f"{device}, {platform.machine()}", commit=commit()))
