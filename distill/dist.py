@@ -10,7 +10,7 @@ import logging
 import os
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -95,6 +95,17 @@ class Ranks:
         if told is not None:
             raise failure or told
         return result
+
+    def share(self, items: Sequence[T], work: Callable[[T], Any]) -> None:
+        """work(item) for every item, each rank a share of them; a DistillError of one rank is raised on every rank."""
+        failure = None
+        try:
+            for item in items[self.rank :: self.world]:
+                work(item)
+        except DistillError as error:
+            failure = error
+        if failed := [each for each in self.gather(failure) if each is not None]:
+            raise failed[0]
 
     def main_first(self, work: Callable[[], None]) -> None:
         """work() on rank 0, then on every other rank."""

@@ -365,14 +365,7 @@ class Pipeline:
     def _verify(self, stages: list[StageFolder]) -> None:
         """Compares every shard with its checksum, each rank a share: damage is found before the work, not in it."""
         shards = [(stage, shard.name) for stage in stages for shard in stage.shards()]
-        problem = None
-        try:
-            for stage, name in shards[self.ranks.rank :: self.ranks.world]:
-                stage.check_shard(name)
-        except StoreError as error:
-            problem = error
-        if damaged := [each for each in self.ranks.gather(problem) if each]:
-            raise damaged[0]
+        self.ranks.share(shards, lambda each: each[0].check_shard(each[1]))
 
     def _skip(self, stage: StageFolder, quiet: bool = False) -> bool:
         if (done := self.ranks.on_main(lambda: stage.done)) and not quiet:

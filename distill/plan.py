@@ -314,8 +314,8 @@ class _Planner:
         layout = f"ZeRO-{train.zero_stage}" + (f", {train.offload} offload" if train.offload != "none" else "")
         layout += f", weights on {train.offload_params}" if train.offload_params != "none" else ""
         layout += f", {student.adapter.kind}" if student.adapter is not None else ""
-        longest = longest_row(g, train, self.gpus, self.gpu, student.adapter)
-        layout += f", rows up to {longest // 1024:,}k tokens" if fits else ""
+        if fits:
+            layout += f", rows up to {longest_row(g, train, self.gpus, self.gpu, student.adapter) // 1024:,}k tokens"
         return self.row("train", student.name, g, tokens, flops, seconds, memory, fits, layout)
 
     def row(

@@ -57,7 +57,12 @@ def check_student(path: str | Path) -> tuple[Path, PretrainedConfig, PreTrainedT
     folder = resolve_checkpoint(path)
     found = check_checkpoint(folder)
     if found["model_type"] not in FAMILIES:
-        raise _no_student(found["model_type"], folder)
+        raise ModelError(
+            "a student must be a dense language model of one of the families " + ", ".join(FAMILIES),
+            where=str(folder),
+            value=found["model_type"],
+            remedy="Set students.N.path to a Qwen2, Qwen2.5, Qwen3 or Llama checkpoint.",
+        )
     try:
         config = AutoConfig.from_pretrained(folder, **SAFELY)
     except (ValueError, TypeError, StrictDataclassError) as error:
@@ -78,15 +83,6 @@ def check_vocabulary(rows: int, tokenizer: PreTrainedTokenizerFast, path: str | 
             where=str(path),
             remedy="The tokenizer belongs to another model: use the one that was saved with these weights.",
         )
-
-
-def _no_student(model_type: str, path: str | Path) -> ModelError:
-    return ModelError(
-        "a student must be a dense language model of one of the families " + ", ".join(FAMILIES),
-        where=str(path),
-        value=model_type,
-        remedy="Set students.N.path to a Qwen2, Qwen2.5, Qwen3 or Llama checkpoint.",
-    )
 
 
 def _check_architecture(config, path: str | Path) -> None:

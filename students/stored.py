@@ -21,7 +21,7 @@ from distill import files
 from distill.align import TextCounts
 from distill.align_keep import KeepCounts
 from distill.dist import Ranks
-from distill.errors import DataError, DistillError
+from distill.errors import DataError
 from distill.records import Prompt, Trace
 from distill.store import Shard, StageFolder
 from distill.tokens import PREFILL, encode_completion, end_id, render_prompt
@@ -121,21 +121,17 @@ class TraceReader:
         return ids + ([end_id(self.tokenizer)] if trace.finish_reason == "stop" else [])
 
     def _fill(self, store: "TokenStore", shards: list[Shard], ranks: Ranks) -> None:
-        error, mine = None, shards[ranks.rank :: ranks.world]
-        missing = [shard for shard in mine if not store.has(shard)]
-        try:
-            for shard in mine:
-                if shard not in missing:
+        own = len(shards[ranks.rank :: ranks.world])
+        with tqdm(total=own, desc="tokens of the traces", unit="shard", disable=not ranks.is_main, delay=2) as bar:
+
+            def make(shard: Shard) -> None:
+                if store.has(shard):
                     self.traces.check_shard(shard.name)
-            about = {"desc": "tokens of the traces", "unit": "shard", "disable": not ranks.is_main or len(missing) < 2}
-            for shard in tqdm(missing, **about):
-                store.write(shard, self.cut(shard))
-        except DistillError as found:
-            error = found
-        if ranks.world > 1:
-            error = error or next((each for each in ranks.gather(error) if each is not None), None)
-        if error is not None:
-            raise error
+                else:
+                    store.write(shard, self.cut(shard))
+                bar.update()
+
+            ranks.share(shards, make)
 
 
 @dataclass(frozen=True)

@@ -11,41 +11,32 @@ from benchmarks.bench_teacher import NEW, PROMPT, SIZES
 from benchmarks.student_parts import GEOMETRIES, SHARED
 from distill.capacity import GPUS, Load, place, score_seconds, train_memory, train_seconds
 from distill.config import Geometry, Train
-from distill.geometry import train_flops
+from distill.geometry import read_geometry, train_flops
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 H100 = GPUS["h100"]
-OWN_NAMES = {
-    "num_hidden_layers": "layers",
-    "num_attention_heads": "heads",
-    "num_key_value_heads": "kv_heads",
-    "tie_word_embeddings": "tie_embeddings",
-    "n_routed_experts": "routed_experts",
-    "num_experts_per_tok": "experts_per_token",
-    "n_shared_experts": "shared_experts",
-    "first_k_dense_replace": "dense_layers",
-}
 
 
 @cache
 def measured(file: str) -> dict[str, float]:
-    (path,) = RESULTS.glob(file)
+    path = max(RESULTS.glob(file))  # of the newest date
     return {row["name"]: row["value"] for row in json.loads(path.read_text())["rows"]}
 
 
-def geometry(family: str, sizes: dict) -> Geometry:
-    known = {OWN_NAMES.get(name, name): value for name, value in sizes.items()}
-    known = {name: value for name, value in known.items() if name in Geometry.model_fields and value is not None}
-    return Geometry(family=family, **known)
+def geometry(folder: Path, family: str, sizes: dict) -> Geometry:
+    (folder / "config.json").write_text(json.dumps({"model_type": family} | sizes))
+    return read_geometry(folder, "path")
 
 
-TEACHER = geometry("deepseek_v3", {k: v for k, v in SIZES.items() if k != "num_key_value_heads"})
+@pytest.fixture
+def teacher(tmp_path):
+    return geometry(tmp_path, "deepseek_v3", SIZES)
 
 
 @pytest.mark.parametrize("size", ["1.7b", "4b"])
-def test_memory_and_speed_of_training(size):
+def test_memory_and_speed_of_training(size, tmp_path):
     found, name = measured("student_NVIDIA-H100*.json"), f"qwen3-{size}-{TOKENS // 1024}k"
-    student = geometry("qwen3", {"tie_word_embeddings": True} | SHARED | GEOMETRIES[size])
+    student = geometry(tmp_path, "qwen3", {"tie_word_embeddings": True} | SHARED | GEOMETRIES[size])
     tokens = {"max_seq_tokens": TOKENS, "micro_batch_tokens": TOKENS, "batch_tokens": ROWS * TOKENS}
     train = Train(
         **tokens, zero_stage=1, kept_activations="products", activation_checkpointing=True, **FITTING.get(size, {})
@@ -58,20 +49,20 @@ def test_memory_and_speed_of_training(size):
 
 
 @pytest.mark.parametrize(("rows", "within"), [(1, 0.4), (8, 0.2), (64, 0.2), (256, 0.2)])
-def test_speed_of_decoding(rows, within):
-    placed = place(TEACHER, H100, 1, 8, Load(PROMPT, NEW, NEW, rows, rows))
+def test_speed_of_decoding(teacher, rows, within):
+    placed = place(teacher, H100, 1, 8, Load(PROMPT, NEW, NEW, rows, rows))
     found = measured("teacher_h100*.json")[f"decode_tokens_per_s/b{rows}"]
     assert placed.fits and placed.tokens_per_s == pytest.approx(found, rel=within)
 
 
-def test_speed_of_decoding_on_two():
-    placed = place(TEACHER, H100, 2, 8, Load(PROMPT, NEW, NEW, 128, 256), ways=(1, 2))
+def test_speed_of_decoding_on_two(teacher):
+    placed = place(teacher, H100, 2, 8, Load(PROMPT, NEW, NEW, 128, 256), ways=(1, 2))
     assert placed.tokens_per_s == pytest.approx(
         measured("teacher-2gpu*.json")["decode_tokens_per_s/b256/2gpu-ep2-tp1"], rel=0.2
     )
 
 
-def test_speed_of_scoring():
-    rates = [gpus * 1e6 / score_seconds(TEACHER, gpus * 1e6, 4096, gpus, H100) for gpus in (1, 2)]
+def test_speed_of_scoring(teacher):
+    rates = [gpus * 1e6 / score_seconds(teacher, gpus * 1e6, 4096, gpus, H100) for gpus in (1, 2)]
     assert rates[0] == pytest.approx(measured("teacher_h100*.json")["score_tokens_per_s"], rel=0.2)
     assert rates[1] == pytest.approx(measured("teacher-2gpu*.json")["score_tokens_per_s/2gpu-ep2-tp1"], rel=0.2)

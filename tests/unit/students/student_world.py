@@ -1,5 +1,7 @@
 """A tiny tokenizer, model, trace set and settings, made on the fly; shared by tests and the processes they launch."""
 
+import resource
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +36,17 @@ FAMILIES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
 }
+
+
+@contextmanager
+def files_of_at_most(size_bytes: int):
+    """A disk that takes only the first bytes of a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def make_tokenizer(folder: Path, vocab_size: int = 330) -> PreTrainedTokenizerFast:

@@ -1,12 +1,10 @@
 """Checkpoints are written while the training goes on, whole or not at all; the last and the best are kept."""
 
-import resource
 import threading
-from contextlib import contextmanager
 
 import pytest
 import torch
-from student_world import settings
+from student_world import files_of_at_most, settings
 
 from distill.errors import StoreError
 from distill.store import RunFolder
@@ -97,17 +95,6 @@ def test_the_next_save_waits_for_the_one_before(engines, data, ranks, tmp_path, 
     assert (tmp_path / "c" / "step-000001").is_dir() and disk.is_set()
     checkpoints.wait()
     assert (tmp_path / "c" / "latest").read_text() == "step-000002\n"
-
-
-@contextmanager
-def files_of_at_most(size_bytes: int):
-    """A disk that takes only the first bytes of a file."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_checkpoint_that_cannot_be_written_is_told_and_leaves_the_one_before(engines, ranks, tmp_path):

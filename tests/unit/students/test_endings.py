@@ -1,12 +1,10 @@
 """How a training ends when something goes wrong late: no step is lost, and a person is told what it was."""
 
 import json
-import resource
-from contextlib import contextmanager
 
 import pytest
 import torch
-from student_world import Folder, make_traces, settings
+from student_world import Folder, files_of_at_most, make_traces, settings
 
 from distill.config import stage_spec
 from distill.errors import CapacityError, DistillError, StoreError
@@ -28,17 +26,6 @@ def train(world, out, ranks, **changes):
 
 def rows(out):
     return (out / "log.jsonl").read_text().splitlines()
-
-
-@contextmanager
-def files_of_at_most(size_bytes: int):
-    """A disk that takes only the first bytes of a file."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_an_export_that_fails_costs_no_step(world, ranks, tmp_path):
