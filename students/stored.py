@@ -1,16 +1,16 @@
 """The traces of a run in a student's tokens: each shard is read and cut once, by one rank, and kept on disk.
 
-    4-student/NAME/tokens/SHARD.npy    ids of its kept traces, one behind the other, mapped into memory where they lie:
+    4-student/NAME/tokens/SHARD.ids    int32, its kept traces one behind the other, mapped into memory where they lie:
                                        the ranks of a node share them
-                          SHARD.npz    where each begins, and what was counted; written last
+                          SHARD.about  where each begins, and what was counted: an npz behind its CRC; written last
 
 A launch that goes on finds them there; what another tokenizer or another shard made is made again.
 """
 
-import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -142,7 +142,9 @@ class TokenStore:
     made_by: str
 
     def has(self, shard: Shard) -> bool:
-        return self.read(shard) is not None
+        """Whether it is there, every byte of it as it was written."""
+        told = self._told(shard)
+        return told is not None and int(told["crc"]) == zlib.crc32(self._ids(shard, told))
 
     def write(self, shard: Shard, found: ShardTokens) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -150,45 +152,58 @@ class TokenStore:
         columns += [] if found.sampled is found.completions else [found.sampled]
         sizes_BC = np.array([[len(column[b]) for column in columns] for b in range(len(found.keys))], np.int64)
         parts = [np.asarray(column[b], np.int32) for b in range(len(found.keys)) for column in columns]
-        told = {"mark": np.array(self._mark(shard)), "keys": np.array(found.keys, "U"), "sizes_BC": sizes_BC}
+        array = np.concatenate([np.zeros(0, np.int32), *parts])
+        told = {"mark": np.array(self._mark(shard)), "crc": np.array(zlib.crc32(array))}
+        told |= {"keys": np.array(found.keys, "U"), "sizes_BC": sizes_BC}
         told |= {f"count_{name}": np.array(value) for name, value in found.counts.items()}
         if found.learned is not None:
             keep = found.learned.counts.keep
             told |= {"seen_P": keep.seen_P, "agreed_P": keep.agreed_P, "used_S": found.learned.counts.used_S}
             told["coverage"] = found.learned.coverage
-        ids, rest = self._paths(shard)
+        np.savez_compressed(about := BytesIO(), **told)
         with files.disk_errors(self.folder):
-            with files.replacing(ids) as path, path.open("wb") as file:
-                np.save(file, np.concatenate([np.zeros(0, np.int32), *parts]))
-            with files.replacing(rest) as path, path.open("wb") as file:
-                np.savez_compressed(file, **told)
+            with files.replacing(self._path(shard, "ids")) as path:
+                array.tofile(path)
+            with files.replacing(self._path(shard, "about")) as path:
+                path.write_bytes(zlib.crc32(about.getbuffer()).to_bytes(4) + about.getbuffer())
 
     def read(self, shard: Shard) -> ShardTokens | None:
-        """None where it is not there, cannot be read, or is of another shard or tokenizer."""
-        ids, rest = self._paths(shard)
-        with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(rest) as told:
-            if str(told["mark"]) != self._mark(shard):
-                return None
-            array, sizes_BC = np.load(ids, mmap_mode="r"), told["sizes_BC"]
-            if len(array) != sizes_BC.sum():
-                return None
-            ends = np.cumsum(sizes_BC.reshape(-1)).tolist()
-            runs = [Ids(array, start, stop) for start, stop in zip([0, *ends], ends)]
-            columns = sizes_BC.shape[1] if len(sizes_BC) else 2
-            counts = {name.removeprefix("count_"): int(told[name]) for name in told.files if name.startswith("count_")}
-            learned = None
-            if "coverage" in told.files:
-                keep = KeepCounts(told["seen_P"], told["agreed_P"])
-                learned = Learned(TextCounts(keep, told["used_S"]), told["coverage"])
-            sampled = runs[columns - 1 :: columns]
-            return ShardTokens(told["keys"].tolist(), runs[::columns], runs[1::columns], sampled, counts, learned)
-        return None
+        """None where it is not there, was cut short, or is of another shard or tokenizer. The ids' bytes are checked by
+        `has` alone."""
+        if (told := self._told(shard)) is None:
+            return None
+        array, sizes_BC = self._ids(shard, told), told["sizes_BC"]
+        ends = np.cumsum(sizes_BC.reshape(-1)).tolist()
+        runs = [Ids(array, start, stop) for start, stop in zip([0, *ends], ends)]
+        columns = sizes_BC.shape[1] if len(sizes_BC) else 2
+        counts = {name.removeprefix("count_"): int(value) for name, value in told.items() if name.startswith("count_")}
+        learned = None
+        if "coverage" in told:
+            keep = KeepCounts(told["seen_P"], told["agreed_P"])
+            learned = Learned(TextCounts(keep, told["used_S"]), told["coverage"])
+        sampled = runs[columns - 1 :: columns]
+        return ShardTokens(told["keys"].tolist(), runs[::columns], runs[1::columns], sampled, counts, learned)
+
+    def _told(self, shard: Shard) -> dict[str, np.ndarray] | None:
+        try:
+            data, size = self._path(shard, "about").read_bytes(), self._path(shard, "ids").stat().st_size
+        except OSError:
+            return None
+        if zlib.crc32(data[4:]).to_bytes(4) != data[:4]:
+            return None
+        with np.load(BytesIO(data[4:])) as told:
+            found = dict(told)
+        return found if str(found["mark"]) == self._mark(shard) and size == 4 * found["sizes_BC"].sum() else None
+
+    def _ids(self, shard: Shard, told: dict[str, np.ndarray]) -> np.ndarray:
+        # Nothing cannot be mapped.
+        return np.memmap(self._path(shard, "ids"), np.int32, "r") if told["sizes_BC"].size else np.zeros(0, np.int32)
 
     def _mark(self, shard: Shard) -> str:
         return f"{shard.sha256}/{self.made_by}"
 
-    def _paths(self, shard: Shard) -> tuple[Path, Path]:
-        return self.folder / f"{_name(shard)}.npy", self.folder / f"{_name(shard)}.npz"
+    def _path(self, shard: Shard, what: str) -> Path:
+        return self.folder / f"{_name(shard)}.{what}"
 
 
 def _name(shard: Shard) -> str:

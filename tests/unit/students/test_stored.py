@@ -70,10 +70,21 @@ def test_what_was_kept_is_what_would_be_made_and_is_not_made_again(load, tmp_pat
     assert isinstance(second.examples[0].completion_ids, Ids)
 
 
+@pytest.mark.parametrize("end", ["about", "ids"])
+def test_a_flipped_bit_is_neither_a_traceback_nor_another_token(load, tmp_path, end):
+    expected = told(load(keep_in=tmp_path / "kept"))
+    path = min((tmp_path / "kept").glob(f"*.{end}"))
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    for at in rng.integers(0, len(whole), 40).tolist():
+        path.unlink()  # the bytes of a file that is mapped would change under those who read it
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << int(rng.integers(8)))]) + whole[at + 1 :])
+        assert told(load(keep_in=tmp_path / "kept")) == expected
+
+
 @pytest.mark.parametrize("damage", ["cut ids", "cut rest", "no rest", "no ids", "nonsense"])
 def test_what_cannot_be_read_is_made_again(load, tmp_path, damage):
     expected = told(load(keep_in=tmp_path / "kept"))
-    ids, rest = (sorted((tmp_path / "kept").glob(f"*.{end}"))[1] for end in ("npy", "npz"))
+    ids, rest = (sorted((tmp_path / "kept").glob(f"*.{end}"))[1] for end in ("ids", "about"))
     before = rest.stat().st_mtime_ns
     path = ids if "ids" in damage else rest
     if damage.startswith("cut"):
@@ -84,7 +95,7 @@ def test_what_cannot_be_read_is_made_again(load, tmp_path, damage):
         path.write_bytes(b"nonsense")
     assert told(load(keep_in=tmp_path / "kept")) == expected
     assert rest.stat().st_mtime_ns != before
-    untouched = sorted((tmp_path / "kept").glob("*.npz"))[0]
+    untouched = sorted((tmp_path / "kept").glob("*.about"))[0]
     assert untouched.stat().st_mtime_ns < rest.stat().st_mtime_ns
 
 
